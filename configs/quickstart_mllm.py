@@ -1,0 +1,29 @@
+"""The quickstart's tiny Qwen2.5-VL, trained as a language model of the shapes world.
+
+    python train.py --config configs/quickstart_mllm.py --workdir runs/quickstart_mllm
+
+Captions to layout sentences, questions about layouts, edits of layouts; no held-out pairs. The
+weights that ship as metacanvas_jax/assets/tiny_qwen are what this wrote to WORKDIR/weights.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+
+
+def get_config() -> ConfigDict:
+    config = quickstart.get_config()
+    config.objective = 'next_token'
+    config.steps = 4000
+    config.batch_size = 32
+    config.weights.mllm = None
+    config.trainable = ('.*',)
+    config.prompt.buckets = (104, 160)
+    config.data.source = 'shapes_text'
+    config.data.tasks = dict(layout=0.6, dialogue=0.4)
+    config.optimizer.lr = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.ema = 0.998
+    config.sample.every = 0
+    config.evaluate.kind = 'export'
+    return config

@@ -1,0 +1,82 @@
+"""Prompts: Qwen's chat template, token ids and MRoPE positions, on the host.
+
+    <|im_start|>system\nYou are a helpful assistant.<|im_end|>\n
+    <|im_start|>user\n{USER}<|im_end|>\n
+    <|im_start|>assistant\n{RESPONSE}<|im_end|>            then the canvas tokens
+
+The last prompt token is always the end of sequence (Sec. 3.2), also with an empty response.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from metacanvas_jax.mllm.config import QwenConfig
+from metacanvas_jax.mllm.positions import prefix_positions
+from metacanvas_jax.types import InputError, Prompt
+
+SYSTEM = 'You are a helpful assistant.'
+
+
+class ChatTokenizer:
+    """Text typed by users stays text: `<|im_end|>` inside it is spelled out, never a special token."""
+
+    def __init__(self, directory: str | pathlib.Path):
+        path = pathlib.Path(directory) / 'tokenizer.json'
+        if not path.is_file():
+            raise InputError(f'no tokenizer.json in {directory}')
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer.encode_special_tokens = True
+        special = {name: self._tokenizer.token_to_id(f'<|{name}|>') for name in _SPECIAL}
+        if missing := [name for name, id in special.items() if id is None]:
+            raise InputError(f"{path} lacks Qwen's special tokens {missing}")
+        self.start, self.end, self.pad = (special[name] for name in _SPECIAL)
+
+    def text(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _turn(self, role: str, text: str) -> list[int]:
+        return [self.start, *self.text(f'{role}\n{text}'), self.end]
+
+    def chat(self, user: str, response: str = '') -> tuple[list[int], int]:
+        """Ids up to the end of sequence, and how many of them are the response and its end."""
+        newline = self.text('\n')
+        asked = [*self._turn('system', SYSTEM), *newline, *self._turn('user', user), *newline]
+        answer = self._turn('assistant', response)
+        header = 1 + len(self.text('assistant\n'))
+        return asked + answer, len(answer) - header
+
+
+_SPECIAL = ('im_start', 'im_end', 'endoftext')
+
+
+def make_prompts(
+    chats: Sequence[Sequence[int]],
+    config: QwenConfig,
+    *,
+    pad: int,
+    buckets: Sequence[int],
+    rule: str = 'legacy',
+) -> Prompt:
+    """Chats of unequal length as one right-padded Prompt of the smallest bucket that holds them."""
+    longest = max(map(len, chats))
+    size = next((bucket for bucket in sorted(buckets) if bucket >= longest), None)
+    if size is None:
+        raise InputError(
+            f'a prompt has {longest} tokens, the largest bucket holds {max(buckets)}; '
+            'shorten it or add a bucket to config.prompt.buckets'
+        )
+    ids_BL = np.full((len(chats), size), pad, np.int32)
+    positions_B3L = np.zeros((len(chats), 3, size), np.int32)
+    start_B = np.zeros(len(chats), np.int32)
+    for row, ids in enumerate(chats):
+        ids_BL[row, : len(ids)] = ids
+        positions, start_B[row] = prefix_positions(ids, config, rule=rule)
+        positions_B3L[row, :, : len(ids)] = positions
+    length_B = np.array([len(ids) for ids in chats], np.int32)
+    return Prompt(ids_BL=ids_BL, positions_B3L=positions_B3L, length_B=length_B, start_B=start_B)

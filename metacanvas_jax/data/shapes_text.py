@@ -1,0 +1,290 @@
+"""The language of the shapes world: texts about scenes, and a small tokenizer in Qwen2's style.
+
+`python -m metacanvas_jax.data.shapes_text DIRECTORY` writes the tokenizer's files.
+"""
+
+import bisect
+import itertools
+import json
+import operator
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tokenizers.models import BPE
+
+from metacanvas_jax.data.shapes import (
+    CATEGORIES,
+    EDITS,
+    LENGTH,
+    NUMBERS,
+    RADII,
+    RELATIONS,
+    SHAPES,
+    TRAIN_PAIRS,
+    Object,
+    Scene,
+    draw_edit,
+    draw_picture,
+    generator,
+    phrase,
+    pick,
+)
+
+CELLS = 8  # rows and columns of the grid that places are told in
+SIZES = 4
+GENERATE = 'Please generate image based on the following caption: {}'
+SYSTEM = 'You are a helpful assistant.'
+SPECIAL_TOKENS = tuple(  # in the order of their ids in Qwen2.5
+    f'<|{name}|>'
+    for name in (
+        *('endoftext', 'im_start', 'im_end', 'object_ref_start', 'object_ref_end'),
+        *('box_start', 'box_end', 'quad_start', 'quad_end'),
+        *('vision_start', 'vision_end', 'vision_pad', 'image_pad', 'video_pad'),
+    )
+)
+BASE_VOCABULARY = 512
+
+_SMALLEST = min(low for low, _ in RADII.values())
+_LARGEST = max(high for _, high in RADII.values())
+
+# Qwen2's pattern, from its tokenizer.json.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r'|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+# Qwen2.5-VL's template without its options for numbering pictures.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    f'<|im_start|>system\n{SYSTEM}<|im_end|>\n'
+    "{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    '<|vision_start|><|image_pad|><|vision_end|>'
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    '<|vision_start|><|video_pad|><|vision_end|>'
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    '{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+_TEXTS = 4000  # records the tokenizer is trained on
+# Read once, so that it takes only the merges that the world leaves over.
+_ENGLISH = (
+    'One thing or no thing: say one, or zero, or nothing. Is it here? Say yes or no: yes if there '
+    'is one, no if there is no such thing. There is zero or one, yes or no, one thing or nothing, '
+    'and a place where there is nothing has zero things in it, not one.\n'
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One turn of a conversation: what is asked, and the one right kind of answer."""
+
+    user: str
+    assistant: str
+
+
+@dataclass(frozen=True)
+class ShapeTexts:
+    """Texts about scenes of the train split, addressed at random; `kinds` are keys of TEXTS."""
+
+    seed: int
+    kinds: tuple[str, ...] = ('caption', 'describe', 'question', 'edit')
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> Text:
+        rng = generator(self.seed, 'texts', 'train', index)
+        edges = list(itertools.accumulate(TEXTS[kind][0] for kind in self.kinds))
+        kind = self.kinds[bisect.bisect(edges, rng.random() * edges[-1], hi=len(edges) - 1)]
+        return TEXTS[kind][1](rng)
+
+
+def _caption(rng) -> Text:
+    picture = draw_picture(rng, pick(rng, CATEGORIES), 'train')
+    return Text(GENERATE.format(picture.request.caption), layout(picture.scene))
+
+
+def _describe(rng) -> Text:
+    picture = draw_picture(rng, pick(rng, CATEGORIES), 'train')
+    return Text(f'Describe: {layout(picture.scene)}', picture.request.caption)
+
+
+def _question(rng) -> Text:
+    while True:
+        scene = _draw_scene(rng)
+        found = pick(rng, _QUESTIONS)(rng, scene)
+        if found is not None:
+            return Text(f'Picture: {layout(scene)}. {found[0]}', found[1])
+
+
+def _edit(rng) -> Text:
+    edit = draw_edit(rng, pick(rng, EDITS), 'train')
+    return Text(f'Picture: {layout(edit.source)}. {edit.instruction}', layout(edit.target))
+
+
+# kind -> (its share, how one is drawn)
+TEXTS = {
+    'caption': (0.5, _caption),
+    'describe': (0.1, _describe),
+    'question': (0.25, _question),
+    'edit': (0.15, _edit),
+}
+
+
+def cell(o: Object) -> tuple[int, int]:
+    """(row, column) of the object's centre on the grid, from 1."""
+    return int(o.y * CELLS) + 1, int(o.x * CELLS) + 1
+
+
+def size(o: Object) -> int:
+    """The radius in 1..SIZES."""
+    share = (o.radius - _SMALLEST) / (_LARGEST - _SMALLEST)
+    return min(int(share * SIZES), SIZES - 1) + 1
+
+
+def layout(scene: Scene) -> str:
+    """Where everything is, in one sentence; objects in raster order of their cells."""
+    parts = []
+    for o in sorted(scene.objects, key=cell):
+        row, column = cell(o)
+        parts.append(f'{phrase(o.colour, o.shape)} at row {row} column {column} size {size(o)}')
+    return ', '.join([*parts, f'on {scene.background}'])
+
+
+def build_tokenizer(directory: str | Path) -> Tokenizer:
+    """Trains the tokenizer and writes `tokenizer.json` and `tokenizer_config.json`."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), 'isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=BASE_VOCABULARY,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / 'tokenizer.json'))
+    config = {
+        'add_prefix_space': False,
+        'bos_token': None,
+        'chat_template': _CHAT_TEMPLATE,
+        'clean_up_tokenization_spaces': False,
+        'eos_token': '<|im_end|>',
+        'errors': 'replace',
+        'model_max_length': 32768,
+        'pad_token': '<|endoftext|>',
+        'split_special_tokens': False,
+        'tokenizer_class': 'Qwen2Tokenizer',
+        'unk_token': None,
+    }
+    (directory / 'tokenizer_config.json').write_text(json.dumps(config, indent=2) + '\n')
+    return tokenizer
+
+
+def _corpus():
+    texts = ShapeTexts(0)
+    for i in range(_TEXTS):
+        text = texts[i]
+        yield f'system\n{SYSTEM}\n'
+        yield f'user\n{text.user}\n'
+        yield f'assistant\n{text.assistant}\n'
+    yield _ENGLISH
+
+
+def _draw_scene(rng) -> Scene:
+    """Half from captions (few objects, alike), half from edits (up to four, all different)."""
+    if rng.random() < 0.5:
+        return draw_picture(rng, pick(rng, CATEGORIES), 'train').scene
+    return draw_edit(rng, pick(rng, EDITS), 'train').source
+
+
+# Questions: (rng, scene) -> (question, answer), or None where the answer would be ambiguous.
+
+
+def _how_many(rng, scene):
+    shape = pick(rng, scene.objects).shape if rng.random() < 0.75 else pick(rng, SHAPES)
+    noun = phrase(None, shape, 2).removeprefix('two ')
+    count = sum(o.shape == shape for o in scene.objects)
+    return f'How many {noun} are there?', NUMBERS[count]
+
+
+def _what_colour(rng, scene):
+    o = pick(rng, scene.objects)
+    alone = sum(other.shape == o.shape for other in scene.objects) == 1
+    return (f'What colour is the {o.shape}?', o.colour) if alone else None
+
+
+def _what_is_beside(rng, scene):
+    o = pick(rng, scene.objects)
+    relation = pick(rng, tuple(RELATIONS))
+    axis, sign = RELATIONS[relation]
+    beside = []
+    for other in scene.objects:
+        (row, column), (there, across) = cell(o), cell(other)
+        steps = (column - across, row - there)
+        along, astray = -sign * steps[axis], abs(steps[1 - axis])
+        if other is not o and along > 0:
+            if along == astray:
+                return None
+            if along > astray:
+                beside.append((along, other))
+    beside.sort(key=operator.itemgetter(0))
+    if _twins(scene, o) or (len(beside) > 1 and beside[0][0] == beside[1][0]):
+        return None
+    if not beside and rng.random() < 0.7:  # else most answers would be 'nothing'
+        return None
+    question = f'What is {relation} the {o.name}?'
+    return question, phrase(beside[0][1].colour, beside[0][1].shape) if beside else 'nothing'
+
+
+def _is_there(rng, scene):
+    here = {(o.colour, o.shape) for o in scene.objects}
+    if rng.random() < 0.5:
+        return f'Is there {phrase(*pick(rng, sorted(here)))}?', 'yes'
+    return f'Is there {phrase(*pick(rng, [p for p in TRAIN_PAIRS if p not in here]))}?', 'no'
+
+
+def _where(rng, scene):
+    o = pick(rng, scene.objects)
+    row, column = cell(o)
+    return None if _twins(scene, o) else (f'Where is the {o.name}?', f'row {row} column {column}')
+
+
+def _what_background(rng, scene):
+    return 'What is the background?', scene.background
+
+
+def _twins(scene: Scene, o: Object) -> bool:
+    return sum(other.name == o.name for other in scene.objects) > 1
+
+
+_QUESTIONS = (_how_many, _what_colour, _what_is_beside, _is_there, _where, _what_background)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 2:
+        sys.exit('usage: python -m metacanvas_jax.data.shapes_text DIRECTORY')
+    build_tokenizer(sys.argv[1])

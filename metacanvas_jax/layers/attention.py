@@ -1,0 +1,45 @@
+"""Softmax attention and SANA's ReLU linear attention."""
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+
+def attend(q_BSNE, k_BLGE, v_BLGE, *, mask_BSL=None, length_B=None, causal=False) -> jax.Array:
+    """softmax(q k^T / sqrt(E)) v, grouped when G < N; softmax in fp32.
+
+    `length_B` are true key lengths: cuDNN takes them at no cost, while a mask becomes an S x L bias.
+    """
+    half = q_BSNE.dtype in (jnp.bfloat16, jnp.float16)
+    cudnn = half and mask_BSL is None and jax.default_backend() == 'gpu' and q_BSNE.shape[-1] <= 256
+    return jax.nn.dot_product_attention(
+        q_BSNE,
+        k_BLGE,
+        v_BLGE,
+        mask=None if mask_BSL is None else mask_BSL[:, None],
+        key_value_seq_lengths=length_B,
+        is_causal=causal,
+        implementation='cudnn' if cudnn else 'xla',
+    )
+
+
+def split_heads(x, heads: int):
+    return rearrange(x, 'B S (N E) -> B S N E', N=heads)
+
+
+def merge_heads(x):
+    return rearrange(x, 'B S N E -> B S (N E)')
+
+
+def linear_attention(q_BSNE, k_BSNE, v_BSNE) -> jax.Array:
+    """o_m = (sum_n v_n k_n^T) q_m / (sum_n k_n . q_m), with q, k through a ReLU, all in fp32 (SANA).
+
+    jax.nn.relu, not maximum: its gradient at 0 is 0, which the 1e-15 would otherwise amplify.
+    """
+    q, k = (jax.nn.relu(a).astype(jnp.float32) for a in (q_BSNE, k_BSNE))
+    v = v_BSNE.astype(jnp.float32)
+    state_BNEe = jnp.einsum('BSNE,BSNe->BNEe', k, v)
+    total_BNE = k.sum(1)
+    weight_BSN = jnp.einsum('BSNE,BNE->BSN', q, total_BNE)
+    out = jnp.einsum('BSNE,BNEe->BSNe', q, state_BNEe) / (weight_BSN[..., None] + 1e-15)
+    return out.astype(q_BSNE.dtype)

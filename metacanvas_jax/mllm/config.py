@@ -1,0 +1,118 @@
+"""Sizes of Qwen2.5-VL, always from a checkpoint's own config.json (spec.md section 0)."""
+
+import dataclasses
+import json
+import pathlib
+
+from metacanvas_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenConfig:
+    """The language model's sizes, under the names of the published config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    spatial_merge_size: int
+    tokens_per_second: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def to_json(self) -> dict:
+        """The published flat layout, which transformers reads too."""
+        values = dataclasses.asdict(self)
+        section = values.pop('mrope_section')
+        vision = {key: values.pop(key) for key in ('spatial_merge_size', 'tokens_per_second')}
+        scaling = {'type': 'mrope', 'mrope_section': list(section)}
+        return {
+            'model_type': 'qwen2_5_vl',
+            **values,
+            'rope_scaling': scaling,
+            'vision_config': vision,
+        }
+
+
+def read_config(directory: str | pathlib.Path) -> QwenConfig:
+    """From config.json: the published flat layout, or transformers 5's nested `text_config`."""
+    path = pathlib.Path(directory) / 'config.json'
+    if not path.is_file():
+        raise InputError(
+            f'no config.json in {directory}; give the folder of a Qwen2.5-VL checkpoint'
+        )
+    try:
+        values = json.loads(path.read_text())
+        text = {**values, **values.get('text_config', {})}
+        rope = text.get('rope_parameters') or text.get('rope_scaling') or {}
+        vision = values['vision_config']
+        return QwenConfig(
+            rope_theta=float(rope.get('rope_theta', text.get('rope_theta', 1e6))),
+            mrope_section=tuple(rope['mrope_section']),
+            spatial_merge_size=vision['spatial_merge_size'],
+            tokens_per_second=vision['tokens_per_second'],
+            **{
+                field.name: text[field.name]
+                for field in dataclasses.fields(QwenConfig)
+                if field.name
+                not in ('rope_theta', 'mrope_section', 'spatial_merge_size', 'tokens_per_second')
+            },
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f'{path} is not the config of a Qwen2.5-VL model: {error!r}') from error
+
+
+_QWEN = QwenConfig(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    mrope_section=(16, 24, 24),
+    tie_word_embeddings=True,
+    image_token_id=151655,
+    video_token_id=151656,
+    spatial_merge_size=2,
+    tokens_per_second=2,
+)
+
+# For tracing full-size configs without weights; with weights their config.json must agree.
+PRESETS = {
+    '3b': _QWEN,
+    '7b': dataclasses.replace(
+        _QWEN,
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    ),
+    # The quickstart's: the same architecture with a vocabulary of the shapes world.
+    'tiny': dataclasses.replace(
+        _QWEN,
+        vocab_size=526,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        mrope_section=(4, 6, 6),
+        image_token_id=524,
+        video_token_id=525,
+    ),
+}

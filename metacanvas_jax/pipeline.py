@@ -1,0 +1,268 @@
+"""The Python API: pipe = load(workdir); pipe('a red circle').images[0].save('out.png')."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import io_callback
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from PIL import Image
+
+from metacanvas_jax.build import (
+    COMPONENTS,
+    DTYPES,
+    build_encoder,
+    build_model,
+    check_size,
+    place_weights,
+    weights_folder,
+)
+from metacanvas_jax.checkpoint import RunCheckpoints, load_weights
+from metacanvas_jax.data.tasks import TASKS
+from metacanvas_jax.flow.guidance import guided
+from metacanvas_jax.flow.path import frame_times
+from metacanvas_jax.flow.solver import euler
+from metacanvas_jax.flow.times import schedule
+from metacanvas_jax.metacanvas import MetaCanvas
+from metacanvas_jax.sharding import BATCH_AXES, make_mesh
+from metacanvas_jax.train.state import abstract, split_model
+from metacanvas_jax.train.trainable import trainable_filter
+from metacanvas_jax.train.workdir import read_config
+from metacanvas_jax.types import InputError, Visual
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """`images` are PIL images, or one array: uint8 pixels for 'np', fp32 latents for 'latent'."""
+
+    images: list[Image.Image] | np.ndarray
+
+
+def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The model that a run starts from: initial values, with published weights over them."""
+    make = functools.partial(build_model, config)
+    model = jax.eval_shape(make, jax.random.key(0))
+    wanted = trainable_filter(config.trainable, model)
+    graphdef, trainable, frozen = split_model(
+        make, wanted, seed=config.seed, frozen_dtype=DTYPES[config.dtype], mesh=mesh
+    )
+    whole = nnx.merge_state(trainable, frozen)
+    for name, folder in config.weights.items():
+        if folder is not None:
+            prefix = COMPONENTS[config.objective][name]
+            folder = weights_folder(folder)
+            whole = place_weights(whole, load_weights(folder), prefix, str(folder))
+    return graphdef, *nnx.split_state(whole, wanted, ...)
+
+
+def load(path: str | pathlib.Path) -> 'Pipeline':
+    """From a train workdir or one of its steps; the averaged weights, where the run kept them."""
+    path = pathlib.Path(path).absolute()
+    config = read_config(path)
+    if config.objective != 'flow':
+        raise InputError(f'{path} is a run of objective {config.objective!r}: it makes no pictures')
+    is_step = path.parent.name == 'checkpoints'
+    mesh = make_mesh()
+    graphdef, trainable, frozen = starting_model(config, mesh)
+    average = config.optimizer.ema > 0
+    shapes = abstract(trainable)
+    wanted = {'ema': shapes} if average else {'trainable': shapes}
+    folder = path.parent if is_step else path / 'checkpoints'
+    with RunCheckpoints(folder, read_only=True) as checkpoints:
+        found = checkpoints.restore(wanted, step=int(path.name) if is_step else None, partial=True)
+    if found is None:
+        raise InputError(f'no usable checkpoint in {folder}')
+    (trained,) = found[1].values()
+    return Pipeline(config, graphdef, nnx.merge_state(trained, frozen), mesh)
+
+
+class Pipeline:
+    """Text to pictures with one trained model. Image i of a call has noise fold_in(key(seed), i)."""
+
+    def __init__(self, config: ConfigDict, graphdef, state: nnx.State, mesh: Mesh):
+        self.config, self._graphdef, self._state, self._mesh = config, graphdef, state, mesh
+        self._encoder = build_encoder(config)
+        whole = NamedSharding(mesh, P())
+        static = ('latents', 'guidance', 'callback')
+        self._solve = jax.jit(self._solve, static_argnames=static, out_shardings=whole)
+        self._features = jax.jit(self._features, static_argnames='latents', out_shardings=whole)
+
+    def with_state(self, state: nnx.State) -> 'Pipeline':
+        """The same programs with other parameters of the same shapes."""
+        other = object.__new__(Pipeline)
+        other.__dict__ = {**self.__dict__, '_state': state}
+        return other
+
+    # ------------------------------------------------------------ for users
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = '',
+        seed: int = 0,
+        num_images: int = 1,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        noise: np.ndarray | None = None,
+        callback: Callable | None = None,
+        output: str = 'pil',
+    ) -> Output:
+        """`noise` are initial latents (B, H, W, C); `callback(t, latents)` is called at each step."""
+        prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
+        latents = self.sample(
+            prompts,
+            indices=range(len(prompts)),
+            seed=seed,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance=guidance,
+            size=(height, width),
+            noise=noise,
+            callback=callback,
+        )
+        if output == 'latent':
+            return Output(latents[:, 0])
+        pixels = self.decode(latents)
+        return Output(pixels if output == 'np' else [Image.fromarray(image) for image in pixels])
+
+    # ------------------------------------------------------------ in batches
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        indices: Sequence[int],
+        seed: int,
+        negative_prompt: str = '',
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int | None, int | None] = (None, None),
+        noise: np.ndarray | None = None,
+        callback: Callable | None = None,
+    ) -> np.ndarray:
+        """Latents (B, T, H, W, C); the picture of prompt j has the noise of index `indices[j]`."""
+        latents = self._latents(size)
+        z_1 = self._noise(indices, seed, latents) if noise is None else self._given(noise, latents)
+        default = self.config.sample
+        guidance = default.guidance if guidance is None else guidance
+        negatives = [negative_prompt] * len(prompts)
+        z = self._solve(
+            self._state,
+            self._put(self._prompts(prompts)),
+            self._put(self._prompts(negatives)),
+            self._put(z_1),
+            schedule(steps or default.steps, default.shift),
+            latents=latents,
+            guidance=float(guidance),
+            callback=callback,
+        )
+        return np.asarray(z)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pictures (B, H, W, 3) uint8."""
+        with jax.set_mesh(self._mesh):
+            pixels = self._model(self._state).vae.decode(jnp.asarray(latents))
+        return np.asarray(jnp.clip(jnp.round(pixels * 127.5 + 127.5), 0, 255), np.uint8)[:, 0]
+
+    def canvas_features(
+        self, prompts: Sequence[str], *, indices: Sequence[int], seed: int
+    ) -> np.ndarray:
+        """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I)."""
+        if self.config.canvas.fuse == 'none':
+            raise InputError('this model has no canvas (config.canvas.fuse is none): nothing to map')
+        latents, default = self._latents((None, None)), self.config.sample
+        times = schedule(default.steps, default.shift)
+        middle = int(jnp.argmin(jnp.abs(times - 0.5)))
+        prompt = self._put(self._prompts(prompts))
+        negative = self._put(self._prompts([''] * len(prompts)))
+        z_1 = self._put(self._noise(indices, seed, latents))
+        z = self._solve(
+            self._state,
+            prompt,
+            negative,
+            z_1,
+            times[: middle + 1],
+            latents=latents,
+            guidance=float(default.guidance),
+            callback=None,
+        )
+        return np.asarray(self._features(self._state, prompt, z, times[middle], latents=latents))
+
+    # ------------------------------------------------------------ programs
+
+    def _model(self, state) -> MetaCanvas:
+        return nnx.merge(self._graphdef, state)
+
+    def _solve(self, state, prompt, negative, z_1, times, *, latents, guidance, callback):
+        """The whole sampler is one program."""
+        model = self._model(state)
+
+        def velocity(z, t, plan):
+            clean_BT = jnp.zeros(z.shape[:2])
+            if callback is not None:
+                io_callback(callback, None, t, z[: len(z_1)], ordered=True)
+            t_BT = frame_times(jnp.full(len(z), t), clean_BT)
+            return model.velocity(z, t_BT, plan, Visual(clean_BT=clean_BT))
+
+        plan = model.plan(prompt, latents)
+        if guidance == 1:
+            return euler(lambda z, t: velocity(z, t, plan), z_1, times)
+        return euler(guided(velocity, plan, model.plan(negative, latents), guidance), z_1, times)
+
+    def _features(self, state, prompt, z, t, *, latents):
+        model = self._model(state)
+        clean_BT = jnp.zeros(z.shape[:2])
+        patches = model.backbone.patchify(z, Visual(clean_BT=clean_BT))
+        canvas = model.plan(prompt, latents).canvas
+        return model.canvas.fusion.features(patches, canvas, jnp.full(clean_BT.shape, t))
+
+    # ------------------------------------------------------------ inputs
+
+    def _latents(self, size: tuple[int | None, int | None]) -> tuple[int, int, int]:
+        height, width = (self.config.data.size if side is None else side for side in size)
+        check_size(self.config, height, width)
+        stride = self.config.vae.stride
+        return 1, height // stride, width // stride
+
+    def _channels(self) -> int:
+        return self.config.backbone.in_channels
+
+    def _noise(self, indices, seed: int, latents) -> np.ndarray:
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))
+        draw = jax.vmap(lambda key: jax.random.normal(key, (*latents, self._channels())))
+        return np.asarray(draw(keys(jnp.asarray(indices, jnp.uint32))))
+
+    def _given(self, noise: np.ndarray, latents) -> np.ndarray:
+        want = (latents[1], latents[2], self._channels())
+        noise = np.asarray(noise, np.float32)
+        noise = noise[None] if noise.ndim == 3 else noise
+        if noise.shape[1:] != want:
+            raise InputError(f'the noise has shape {noise.shape[1:]}, this size wants {want}')
+        return noise[:, None]
+
+    def _prompts(self, texts: Sequence[str]):
+        task = TASKS['t2i']
+        encoder = self._encoder
+        return encoder.prompts([encoder.tokenizer.chat(task.prompt(text))[0] for text in texts])
+
+    def _put(self, tree):
+        """Host arrays that every process holds whole, split over the mesh where the batch allows."""
+        parts = int(np.prod([self._mesh.shape[axis] for axis in BATCH_AXES]))
+
+        def put(x):
+            x = np.asarray(x)
+            spec = P(BATCH_AXES) if len(x) % parts == 0 else P()
+            sharding = NamedSharding(self._mesh, spec)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        return jax.tree.map(put, tree)

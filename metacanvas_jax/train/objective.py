@@ -1,0 +1,37 @@
+"""What is minimised. An objective is loss(model, batch, key); the loop around it is one."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metacanvas_jax.flow.loss import flow_loss
+from metacanvas_jax.flow.path import frame_times, noised
+from metacanvas_jax.flow.times import uniform
+from metacanvas_jax.metacanvas import MetaCanvas
+from metacanvas_jax.mllm.qwen import Qwen
+from metacanvas_jax.types import Batch, TextBatch
+
+
+def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array) -> jax.Array:
+    """|| v(z_t, t, plan) - (eps - z) ||^2 over noised frames (App. A.2)."""
+    time_key, noise_key, dropout_key = jax.random.split(key, 3)
+    clean_BT = batch.visual.clean_BT
+    z_BTHWC = jax.lax.stop_gradient(model.vae.encode(batch.pixels_BFHWC))
+    t_BT = frame_times(uniform(time_key, len(z_BTHWC)), clean_BT)
+    eps = jax.random.normal(noise_key, z_BTHWC.shape)
+    z_t, u = noised(z_BTHWC, eps, t_BT)
+    plan = model.plan(batch.prompt, z_BTHWC.shape[1:4], dropout_key)
+    return flow_loss(model.velocity(z_t, t_BT, plan, batch.visual), u, clean_BT)
+
+
+def next_token(model: Qwen, batch: TextBatch, key: jax.Array) -> jax.Array:
+    """Cross-entropy of the next token where the batch weighs it."""
+    del key
+    states_BLD, _ = model.prefix(batch.prompt)
+    logits = model.language.logits(states_BLD[:, :-1])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.prompt.ids_BL[:, 1:])
+    weight = batch.weight_BL[:, 1:]
+    return jnp.sum(weight * loss) / jnp.sum(weight)
+
+
+OBJECTIVES = {'flow': flow_matching, 'next_token': next_token}

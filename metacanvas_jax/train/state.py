@@ -1,0 +1,69 @@
+"""A run's state: what learns and what the optimizer remembers of it; and the frozen rest beside it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jax.sharding import Mesh
+
+from metacanvas_jax.sharding import shardings
+
+
+@struct.dataclass
+class TrainState:
+    """Checkpointed whole. Trainable leaves are fp32; frozen ones are not in here."""
+
+    step: jax.Array
+    skipped: jax.Array  # steps in a row without a finite gradient
+    trainable: nnx.State
+    opt_state: Any
+    ema: nnx.State | None
+
+
+def split_model(
+    make: Callable[[jax.Array], nnx.Module],
+    wanted: nnx.filterlib.Filter,
+    *,
+    seed: int,
+    frozen_dtype,
+    mesh: Mesh,
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Structure, trainable and frozen initial values, each array where it belongs on the mesh."""
+
+    def init(key):
+        _, trainable, frozen = nnx.split(make(key), wanted, ...)
+        frozen = jax.tree.map(
+            lambda a: a.astype(frozen_dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, frozen
+        )
+        return trainable, frozen
+
+    key = jax.random.key(seed)
+    graphdef = nnx.split(jax.eval_shape(make, key), wanted, ...)[0]
+    where = shardings(jax.eval_shape(init, key), mesh)
+    return graphdef, *jax.jit(init, out_shardings=where)(key)
+
+
+def start(
+    trainable: nnx.State, tx: optax.GradientTransformation, *, ema: bool, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """The state of step 0, and its shardings."""
+
+    def init(trainable):
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            opt_state=tx.init(trainable),
+            ema=jax.tree.map(jnp.copy, trainable) if ema else None,
+        )
+
+    where = shardings(jax.eval_shape(init, trainable), mesh)
+    return jax.jit(init, out_shardings=where)(trainable), where
+
+
+def abstract(tree):
+    """What a checkpoint of `tree` is restored into: shapes, types and places."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)

@@ -1,0 +1,21 @@
+"""What MetaCanvas asks of an autoencoder: normalised latents in and out, and their geometry."""
+
+import abc
+
+import jax
+from flax import nnx
+
+
+class Vae(nnx.Module, abc.ABC):
+    """`stride` pixels per latent row and column, `channels` of the latents."""
+
+    stride: int
+    channels: int
+
+    @abc.abstractmethod
+    def encode(self, x_BFHWC: jax.Array) -> jax.Array:
+        """Pixels in [-1, 1] -> latents (B, T, H, W, C)."""
+
+    @abc.abstractmethod
+    def decode(self, z_BTHWC: jax.Array) -> jax.Array:
+        """Latents -> pixels in about [-1, 1]."""

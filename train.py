@@ -1,0 +1,206 @@
+"""Trains one config, resumes by itself, and scores what it made.
+
+python train.py --config configs/FILE.py[:variant] --workdir DIR [--config.key=value ...]
+"""
+
+import functools
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import ConfigDict
+
+from metacanvas_jax.build import build_encoder, mllm_config
+from metacanvas_jax.canvas.pca import pca_map
+from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
+from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
+from metacanvas_jax.data.loader import Loader
+from metacanvas_jax.data.shapes import SPLITS, requests
+from metacanvas_jax.data.sources import SOURCES
+from metacanvas_jax.data.tasks import BATCHES
+from metacanvas_jax.evaluate.shapes_score import shapes_score
+from metacanvas_jax.evaluate.sheet import contact_sheet
+from metacanvas_jax.pipeline import Pipeline, starting_model
+from metacanvas_jax.sharding import make_mesh, put_batch
+from metacanvas_jax.train.log import MetricLog
+from metacanvas_jax.train.objective import OBJECTIVES
+from metacanvas_jax.train.optim import OptimizerConfig, make_optimizer
+from metacanvas_jax.train.preemption import Preemption
+from metacanvas_jax.train.state import TrainState, abstract, start
+from metacanvas_jax.train.step import make_train_step
+from metacanvas_jax.train.trainable import trainable_table
+from metacanvas_jax.train.workdir import open_workdir, write_text
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('workdir', None, 'Folder of the run; a run in it is resumed.', required=True)
+flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, when there are several.')
+flags.DEFINE_integer('processes', None, 'How many processes there are.')
+flags.DEFINE_integer('process', None, 'Which one this is, from 0.')
+define_config()
+
+STOP_AFTER = 10  # steps in a row without a finite gradient
+
+
+def main() -> None:
+    if FLAGS.coordinator:
+        jax.distributed.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    config = config_from_flags()
+    compilation_cache()
+    with open_workdir(FLAGS.workdir, config) as workdir:
+        train(config, workdir)
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> None:
+    began = time.monotonic()
+    mesh = make_mesh(**config.mesh)
+    show = print if jax.process_index() == 0 else _silent
+
+    # The model, split into what learns and what is frozen; only the former has optimizer state.
+    show(config)
+    graphdef, trainable, frozen = starting_model(config, mesh)
+    show(trainable_table(config.trainable, nnx.merge(graphdef, trainable, frozen)))
+    optimizer = OptimizerConfig(**config.optimizer)
+    tx = make_optimizer(optimizer)
+    state, where = start(trainable, tx, ema=optimizer.ema > 0, mesh=mesh)
+    step_fn = make_train_step(
+        graphdef,
+        OBJECTIVES[config.objective],
+        tx,
+        accumulate=config.accumulate,
+        ema_decay=optimizer.ema,
+        where=where,
+    )
+
+    # The data: a batch is a function of its step.
+    loader = Loader(
+        SOURCES[config.data.source](config.data),
+        config.data.tasks,
+        functools.partial(BATCHES[config.objective], encoder=build_encoder(config)),
+        batch=config.batch_size,
+        accumulate=config.accumulate,
+        seed=config.data.seed,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    )
+
+    # Where an earlier run stopped.
+    checkpoints = RunCheckpoints(
+        workdir / 'checkpoints',
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+    )
+    first, before = 0, 0.0
+    if found := checkpoints.restore(abstract(state)):
+        first, state, record = found
+        before = record['seconds']
+        show(f'resumed from step {first}')
+
+    def seconds() -> float:
+        return before + time.monotonic() - began
+
+    pipe = Pipeline(config, graphdef, merge(state, frozen), mesh)
+    key = jax.random.key(config.seed)
+    with (
+        checkpoints,
+        Preemption() as preemption,
+        MetricLog(
+            workdir,
+            every=config.log.every,
+            total=config.steps,
+            resume_step=first,
+            tensorboard=config.log.tensorboard,
+        ) as log,
+        jax.set_mesh(mesh),
+    ):
+        for step, batch in enumerate(loader.iterate(first, config.steps), start=first + 1):
+            state, metrics = step_fn(state, frozen, put_batch(batch, mesh), key)
+            log.write(step, metrics)
+            if step % config.log.every == 0 and int(metrics['skipped']) >= STOP_AFTER:
+                raise FloatingPointError(
+                    f'no finite gradient in the {int(metrics["skipped"])} steps up to {step}; '
+                    f'step {checkpoints.latest()} is saved'
+                )
+            stopping = preemption.requested(step)
+            if stopping or step % config.checkpoint.every == 0 or step == config.steps:
+                log.flush()
+                checkpoints.save(step, state, {'seconds': seconds()})
+            if stopping:
+                checkpoints.wait()
+                show(f'preempted at step {step}; the same command goes on from there')
+                return
+            if config.sample.every and step % config.sample.every == 0:
+                draw_samples(pipe.with_state(merge(state, frozen)), workdir, step)
+
+    if config.evaluate.kind == 'shapes' and not (workdir / 'score.json').exists():
+        scores = score(pipe.with_state(merge(state, frozen)))
+        scores |= {'steps': config.steps, 'seconds': round(seconds(), 1)}
+        if jax.process_index() == 0:
+            write_text(workdir / 'score.json', json.dumps(scores, indent=2) + '\n')
+        show('score', json.dumps({split: scores[split]['overall'] for split in SPLITS}))
+    if config.evaluate.kind == 'export':
+        export_weights(config, state, workdir)
+
+
+def merge(state: TrainState, frozen: nnx.State) -> nnx.State:
+    """The parameters to sample from: averaged ones, where an average is kept."""
+    return nnx.merge_state(state.trainable if state.ema is None else state.ema, frozen)
+
+
+def draw_samples(pipe: Pipeline, workdir: pathlib.Path, step: int) -> None:
+    """samples/step_N: a sheet of pictures, half of them of held-out prompts, and canvas maps."""
+    config = pipe.config
+    asked = [
+        request.caption
+        for split in SPLITS
+        for request in requests(split, -(-config.sample.count // 12), config.seed)
+    ][: config.sample.count]
+    indices = range(len(asked))
+    folder = workdir / 'samples' / f'step_{step}'
+    pictures = pipe.decode(pipe.sample(asked, indices=indices, seed=config.seed))
+    save_sheet(pictures, asked, folder / 'grid.png')
+    if config.canvas.fuse != 'none':
+        features = pipe.canvas_features(asked, indices=indices, seed=config.seed)[:, 0]
+        maps = np.stack([pca_map(feature) for feature in features])
+        save_sheet((maps * 255).round().astype(np.uint8), asked, folder / 'canvas.png')
+
+
+def save_sheet(pictures: np.ndarray, captions: list[str], path: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f'.{path.name}')
+        contact_sheet(pictures, captions).save(temporary, 'PNG')
+        temporary.replace(path)
+
+
+def score(pipe: Pipeline) -> dict:
+    seed, evaluate = pipe.config.seed, pipe.config.evaluate
+
+    def draw(captions: list[str], indices: range) -> np.ndarray:
+        return pipe.decode(pipe.sample(captions, indices=indices, seed=seed))
+
+    return shapes_score(
+        draw, per_category=evaluate.per_category, batch=evaluate.batch_size, seed=seed
+    )
+
+
+def export_weights(config: ConfigDict, state, workdir: pathlib.Path) -> None:
+    """WORKDIR/weights: the MLLM in bf16, as `config.weights.mllm` takes it."""
+    arrays = {
+        '/'.join(map(str, path)): np.asarray(value[...].astype(jnp.bfloat16))
+        for path, value in nnx.to_flat_state(merge(state, nnx.State({})))
+    }
+    if jax.process_index() == 0:
+        save_weights(workdir / 'weights', arrays, mllm_config(config).to_json())
+
+
+def _silent(*_) -> None:
+    """What the other processes say."""
+
+
+if __name__ == '__main__':
+    run(main)
