@@ -17,6 +17,16 @@ def normal(std: float):
     return nnx.initializers.normal(std)
 
 
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel as XLA's CPU backend likes it: two to three times faster gradients, equal values.
+
+    It wants two axes, and an input that is there: left to itself it computes a SiLU or a norm anew
+    in each matmul of the backward pass. On GPU the input of a matmul is materialised anyway.
+    """
+    rows = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
+    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """y = x W + b + drop(x) A B alpha / rank (Tables 13 and 16; rank 0 builds none)."""
@@ -66,7 +76,7 @@ class Linear(nnx.Module):
         self.lora = Lora(d_in, d_out, axes, lora, rngs=rngs) if lora else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def adapted(self, x: jax.Array, key: jax.Array | None) -> jax.Array:

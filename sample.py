@@ -1,0 +1,201 @@
+"""Draws pictures with a trained model.
+
+python sample.py --checkpoint DIR --prompt TEXT --output FILE.png [--num_images N]
+python sample.py --checkpoint DIR --prompts FILE.jsonl --output FOLDER
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import flags
+from PIL import Image, PngImagePlugin
+
+from metacanvas_jax.canvas.pca import pca_map
+from metacanvas_jax.command import compilation_cache, run
+from metacanvas_jax.data.tasks import TASKS
+from metacanvas_jax.pipeline import Pipeline, load
+from metacanvas_jax.types import InputError
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('checkpoint', None, 'A train workdir, or one of its steps.', required=True)
+flags.DEFINE_string('output', None, 'The picture to write; with --prompts a folder.', required=True)
+flags.DEFINE_string('prompt', None, 'What to draw.')
+flags.DEFINE_string('prompts', None, 'A JSON object a line: prompt, and optionally id and seed.')
+flags.DEFINE_string('negative_prompt', '', 'What guidance steers away from.')
+flags.DEFINE_string('task', None, 'Inferred from the inputs where it is not given.')
+flags.DEFINE_integer('seed', 0, 'Picture i of a run has the noise fold_in(key(seed), i).')
+flags.DEFINE_integer('num_images', 1, 'How many pictures of the prompt.')
+flags.DEFINE_integer('batch_size', 16, 'How many pictures at once; it never changes a picture.')
+flags.DEFINE_integer('steps', None, 'Solver steps.')
+flags.DEFINE_float('guidance', None, 'Scale of classifier-free guidance; 1 is none.')
+flags.DEFINE_integer('height', None, 'In pixels.')
+flags.DEFINE_integer('width', None, 'In pixels.')
+flags.DEFINE_string('noise', None, 'Initial latents, .npy fp32 (H, W, C), or (B, H, W, C).')
+flags.DEFINE_string('latents', None, 'Where to write the final latents, in the same layout.')
+flags.DEFINE_string('canvas_map', None, 'Where to write a map of the canvas features (App. I).')
+
+
+def main() -> None:
+    check_flags()
+    compilation_cache()
+    if FLAGS.prompts is None:
+        sample_prompt(load(FLAGS.checkpoint))
+    else:
+        records = read_prompts(pathlib.Path(FLAGS.prompts))
+        sample_prompts(load(FLAGS.checkpoint), records)
+
+
+def check_flags() -> None:
+    if (FLAGS.prompt is None) == (FLAGS.prompts is None):
+        raise InputError('give either --prompt or --prompts')
+    if FLAGS.task not in (None, *TASKS):
+        raise InputError(f'--task {FLAGS.task!r} is unknown; there are: {", ".join(TASKS)}')
+    for name in ('num_images', 'batch_size', 'steps'):
+        if FLAGS[name].value is not None and FLAGS[name].value < 1:
+            raise InputError(f'--{name} must be at least 1, got {FLAGS[name].value}')
+    if FLAGS.prompts and (FLAGS.noise or FLAGS.latents or FLAGS.canvas_map):
+        raise InputError('--noise, --latents and --canvas_map go with --prompt, not with --prompts')
+
+
+def settings() -> dict[str, Any]:
+    return {
+        'negative_prompt': FLAGS.negative_prompt,
+        'steps': FLAGS.steps,
+        'guidance': FLAGS.guidance,
+        'size': (FLAGS.height, FLAGS.width),
+    }
+
+
+# ---------------------------------------------------------------- one prompt
+
+
+def sample_prompt(pipe: Pipeline) -> None:
+    output = pathlib.Path(FLAGS.output)
+    n = FLAGS.num_images
+    given = None if FLAGS.noise is None else read_noise(pathlib.Path(FLAGS.noise))
+    if given is not None:
+        n = len(given)
+    latents = np.concatenate(
+        [
+            pipe.sample(
+                [FLAGS.prompt] * len(part),
+                indices=part,
+                seed=FLAGS.seed,
+                noise=None if given is None else given[part.start : part.stop],
+                **settings(),
+            )
+            for part in parts(n)
+        ]
+    )
+    pictures = pipe.decode(latents)
+    for i, picture in enumerate(pictures):
+        path = output if n == 1 else output.with_stem(f'{output.stem}_{i}')
+        write_picture(picture, path, {'prompt': FLAGS.prompt, 'seed': FLAGS.seed, 'index': i})
+        print(path)
+    if FLAGS.latents:
+        write(pathlib.Path(FLAGS.latents), lambda file: np.save(file, squeeze(latents[:, 0])))
+    if FLAGS.canvas_map:
+        feature = pipe.canvas_features([FLAGS.prompt], indices=[0], seed=FLAGS.seed)[0, 0]
+        side = pictures.shape[1]
+        colours = Image.fromarray((pca_map(feature) * 255).round().astype(np.uint8))
+        colours = colours.resize((pictures.shape[2], side), Image.Resampling.NEAREST)
+        write(pathlib.Path(FLAGS.canvas_map), lambda file: colours.save(file, 'PNG'))
+
+
+def read_noise(path: pathlib.Path) -> np.ndarray:
+    if not path.is_file():
+        raise InputError(f'--noise {path} does not exist')
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f'--noise {path} is not a .npy array: {error}') from error
+    if noise.ndim not in (3, 4):
+        raise InputError(f'--noise {path} has shape {noise.shape}, want (H, W, C) or (B, H, W, C)')
+    return noise if noise.ndim == 4 else noise[None]
+
+
+def squeeze(latents: np.ndarray) -> np.ndarray:
+    return latents[0] if len(latents) == 1 else latents
+
+
+# ---------------------------------------------------------------- a file of prompts
+
+
+def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f'--prompts {path} does not exist')
+    records = []
+    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f'{path}:{number} is not JSON: {error}') from error
+        if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
+            raise InputError(f'{path}:{number} wants an object with "prompt", got {line[:60]!r}')
+        if unknown := set(record) - {'prompt', 'id', 'seed'}:
+            raise InputError(
+                f'{path}:{number}: {sorted(unknown)[0]!r} cannot be given to this model; '
+                'legal are prompt, id, seed'
+            )
+        records.append({'id': str(len(records)), 'seed': FLAGS.seed, **record, 'index': len(records)})
+    if not records:
+        raise InputError(f'--prompts {path} holds no prompt')
+    names = [str(record['id']) for record in records]
+    if len(set(names)) < len(names):
+        raise InputError(f'{path}: two prompts have the same id')
+    if bad := [name for name in names if '/' in name or name in ('.', '..')]:
+        raise InputError(f'{path}: id {bad[0]!r} is not a file name')
+    return records
+
+
+def sample_prompts(pipe: Pipeline, records: list[dict[str, Any]]) -> None:
+    """One picture a line, named by its id; existing ones are kept, so a killed run resumes."""
+    folder = pathlib.Path(FLAGS.output)
+    todo = [record for record in records if not (folder / f'{record["id"]}.png').exists()]
+    print(f'{len(records)} prompts, {len(records) - len(todo)} already there')
+    for seed in dict.fromkeys(record['seed'] for record in todo):
+        group = [record for record in todo if record['seed'] == seed]
+        for part in parts(len(group)):
+            chosen = group[part.start : part.stop]
+            latents = pipe.sample(
+                [record['prompt'] for record in chosen],
+                indices=[record['index'] for record in chosen],
+                seed=seed,
+                **settings(),
+            )
+            for record, picture in zip(chosen, pipe.decode(latents), strict=True):
+                facts = {key: record[key] for key in ('prompt', 'seed', 'index')}
+                write_picture(picture, folder / f'{record["id"]}.png', facts)
+
+
+# ---------------------------------------------------------------- files
+
+
+def parts(n: int) -> list[range]:
+    size = FLAGS.batch_size
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def write_picture(picture: np.ndarray, path: pathlib.Path, facts: dict[str, Any]) -> None:
+    """PNG with its prompt, seed and settings as text."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in {**facts, **settings(), 'checkpoint': FLAGS.checkpoint}.items():
+        info.add_text(key, str(value))
+    write(path, lambda file: Image.fromarray(picture).save(file, 'PNG', pnginfo=info))
+
+
+def write(path: pathlib.Path, save) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    with temporary.open('wb') as file:
+        save(file)
+    temporary.replace(path)
+
+
+if __name__ == '__main__':
+    run(main)
