@@ -53,8 +53,9 @@ def check_flags() -> None:
     if FLAGS.task not in (None, *TASKS):
         raise InputError(f'--task {FLAGS.task!r} is unknown; there are: {", ".join(TASKS)}')
     for name in ('num_images', 'batch_size', 'steps'):
-        if FLAGS[name].value is not None and FLAGS[name].value < 1:
-            raise InputError(f'--{name} must be at least 1, got {FLAGS[name].value}')
+        value = FLAGS[name].value
+        if value is not None and value < 1:
+            raise InputError(f'--{name} must be at least 1, got {value}')
     if FLAGS.prompts and (FLAGS.noise or FLAGS.latents or FLAGS.canvas_map):
         raise InputError('--noise, --latents and --canvas_map go with --prompt, not with --prompts')
 
@@ -141,7 +142,9 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
                 f'{path}:{number}: {sorted(unknown)[0]!r} cannot be given to this model; '
                 'legal are prompt, id, seed'
             )
-        records.append({'id': str(len(records)), 'seed': FLAGS.seed, **record, 'index': len(records)})
+        records.append(
+            {'id': str(len(records)), 'seed': FLAGS.seed, **record, 'index': len(records)}
+        )
     if not records:
         raise InputError(f'--prompts {path} holds no prompt')
     names = [str(record['id']) for record in records]

@@ -50,16 +50,17 @@ def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.St
     make = functools.partial(build_model, config)
     model = jax.eval_shape(make, jax.random.key(0))
     wanted = trainable_filter(config.trainable, model)
-    graphdef, trainable, frozen = split_model(
+    graphdef, *parts = split_model(
         make, wanted, seed=config.seed, frozen_dtype=DTYPES[config.dtype], mesh=mesh
     )
-    whole = nnx.merge_state(trainable, frozen)
+    whole = nnx.merge_state(*parts)
     for name, folder in config.weights.items():
         if folder is not None:
             prefix = COMPONENTS[config.objective][name]
             folder = weights_folder(folder)
             whole = place_weights(whole, load_weights(folder), prefix, str(folder))
-    return graphdef, *nnx.split_state(whole, wanted, ...)
+    trainable, frozen = nnx.split_state(whole, wanted, ...)
+    return graphdef, trainable, frozen
 
 
 def load(path: str | pathlib.Path) -> 'Pipeline':
@@ -84,7 +85,7 @@ def load(path: str | pathlib.Path) -> 'Pipeline':
 
 
 class Pipeline:
-    """Text to pictures with one trained model. Image i of a call has noise fold_in(key(seed), i)."""
+    """Text to pictures. Image i of a call has the noise of fold_in(key(seed), i)."""
 
     def __init__(self, config: ConfigDict, graphdef, state: nnx.State, mesh: Mesh):
         self.config, self._graphdef, self._state, self._mesh = config, graphdef, state, mesh
@@ -117,7 +118,7 @@ class Pipeline:
         callback: Callable | None = None,
         output: str = 'pil',
     ) -> Output:
-        """`noise` are initial latents (B, H, W, C); `callback(t, latents)` is called at each step."""
+        """`noise`: initial latents (B, H, W, C); `callback(t, latents)` is called at each step."""
         prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
         latents = self.sample(
             prompts,
@@ -179,7 +180,9 @@ class Pipeline:
     ) -> np.ndarray:
         """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I)."""
         if self.config.canvas.fuse == 'none':
-            raise InputError('this model has no canvas (config.canvas.fuse is none): nothing to map')
+            raise InputError(
+                'this model has no canvas (config.canvas.fuse is none): nothing to map'
+            )
         latents, default = self._latents((None, None)), self.config.sample
         times = schedule(default.steps, default.shift)
         middle = int(jnp.argmin(jnp.abs(times - 0.5)))
@@ -256,7 +259,7 @@ class Pipeline:
         return encoder.prompts([encoder.tokenizer.chat(task.prompt(text))[0] for text in texts])
 
     def _put(self, tree):
-        """Host arrays that every process holds whole, split over the mesh where the batch allows."""
+        """Host arrays, whole on every process, split over the mesh where the batch allows."""
         parts = int(np.prod([self._mesh.shape[axis] for axis in BATCH_AXES]))
 
         def put(x):

@@ -1,7 +1,7 @@
 """The one place where meshes are named: logical axes of parameters, mesh axes of machines.
 
-Layers write the logical axes of a parameter beside its shape; RULES says on which mesh axis each one
-lies. Specs are right-aligned, so the axis that `stack` adds in front of scanned layers stays whole.
+Layers write the logical axes of a parameter beside its shape; RULES says on which mesh axis each
+one lies. Specs are right-aligned, so the axis that `stack` adds in front of layers stays whole.
 """
 
 from collections.abc import Mapping

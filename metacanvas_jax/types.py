@@ -1,7 +1,7 @@
 """What the rooms of this package hand to each other, and the legend of axis letters.
 
     B  samples in a batch          T  latent frames (1 for pictures)    C  latent or pixel channels
-    L  prompt tokens (padded)      H  latent or pixel rows              D  width of the module at hand
+    L  prompt tokens (padded)      H  latent or pixel rows              D  width of a module
     M  canvas tokens (K h w)       W  latent or pixel columns           N  attention heads (query)
     K  canvas keyframes            h  rows of the token grid            E  width of one head
     S  tokens of a DiT             w  columns of the token grid         G  key/value heads
@@ -12,7 +12,10 @@ Times run from 0 (clean) to 1 (noise) everywhere.
 """
 
 import jax
+import numpy as np
 from flax import struct
+
+Array = jax.Array | np.ndarray
 
 
 class InputError(ValueError):
@@ -23,34 +26,34 @@ class InputError(ValueError):
 class Prompt:
     """What the MLLM reads, right-padded; made on the host by `data/prompts.py`."""
 
-    ids_BL: jax.Array
-    positions_B3L: jax.Array
-    length_B: jax.Array  # true prompt lengths
-    start_B: jax.Array  # first free position: 1 + the largest id of any axis (spec: s)
+    ids_BL: Array
+    positions_B3L: Array
+    length_B: Array  # true prompt lengths
+    start_B: Array  # first free position: 1 + the largest id of any axis (spec: s)
 
 
 @struct.dataclass
 class Visual:
     """What the DiT sees besides noise; tasks differ in data, never in program."""
 
-    clean_BT: jax.Array  # 1 where a latent frame is given (time 0, not in the loss), else 0
+    clean_BT: Array  # 1 where a latent frame is given (time 0, not in the loss), else 0
 
 
 @struct.dataclass
 class Plan:
     """What the MLLM hands to the DiT: made once per sample, used at every solver step (Fig. 1)."""
 
-    context_BLD: jax.Array
-    context_length_B: jax.Array
-    canvas: jax.Array | None  # what the fusion's `prepare` returned
+    context_BLD: Array
+    context_length_B: Array
+    canvas: Array | None  # what the fusion's `prepare` returned
 
 
 @struct.dataclass
 class Patches:
     """Token grids of a DiT; the canvas may touch `target` only (Sec. 3.4)."""
 
-    target_BThwD: jax.Array
-    extra: jax.Array | None  # reference frames, context images: the backbone's own affair
+    target_BThwD: Array
+    extra: Array | None  # reference frames, context images: the backbone's own affair
 
 
 @struct.dataclass
@@ -59,7 +62,7 @@ class Batch:
 
     prompt: Prompt
     visual: Visual
-    pixels_BFHWC: jax.Array
+    pixels_BFHWC: Array
 
 
 @struct.dataclass
@@ -67,4 +70,4 @@ class TextBatch:
     """One training step of the next-token objective; weight 1 on the tokens to be learned."""
 
     prompt: Prompt
-    weight_BL: jax.Array
+    weight_BL: Array

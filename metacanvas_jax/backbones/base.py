@@ -9,9 +9,9 @@ from metacanvas_jax.types import Patches, Visual
 
 
 class Backbone(nnx.Module, abc.ABC):
-    """`width` of its tokens, `patch` size, `latent_channels`, `context_width` of its text interface.
+    """`width` of its tokens, `patch` size, `latent_channels`, `context_width` of its text input.
 
-    How an image comes in is each backbone's own affair (appended tokens, channels, reference slots).
+    How an image comes in is each backbone's own affair: appended tokens, channels, reference slots.
     """
 
     width: int

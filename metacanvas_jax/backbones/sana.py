@@ -43,12 +43,23 @@ class SanaConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
+class Projections(nnx.Module):
+    """q, k, v and output of one attention."""
+
+    def __init__(self, width: int, *, bias: bool, rngs: nnx.Rngs):
+        heads = ('embed', 'heads')
+        self.to_q = Linear(width, width, heads, bias=bias, rngs=rngs)
+        self.to_k = Linear(width, width, heads, bias=bias, rngs=rngs)
+        self.to_v = Linear(width, width, heads, bias=bias, rngs=rngs)
+        self.to_out = Linear(width, width, ('heads', 'embed'), rngs=rngs)
+
+
 class SanaBlock(nnx.Module):
     def __init__(self, config: SanaConfig, *, rngs: nnx.Rngs):
         D = config.width
         self.heads, self.cross_heads = config.num_attention_heads, config.num_cross_attention_heads
-        self.attn1 = _projections(D, bias=False, rngs=rngs)
-        self.attn2 = _projections(D, bias=True, rngs=rngs)
+        self.attn1 = Projections(D, bias=False, rngs=rngs)
+        self.attn2 = Projections(D, bias=True, rngs=rngs)
         self.ff = GluMbConv(D, config.mlp_ratio, rngs=rngs)
         table = jax.random.normal(rngs.params(), (6, D)) * D**-0.5
         self.scale_shift_table = nnx.Param(table, axes=(None, 'embed'))
@@ -73,15 +84,6 @@ class SanaBlock(nnx.Module):
         y = modulate(layer_norm(x, 1e-6), shift_f, scale_f)
         y = self.ff(rearrange(y, 'B (h w) D -> B h w D', h=h))
         return rearrange(x, 'B (h w) D -> B h w D', h=h) + gate_f[:, :, None] * y
-
-
-class _projections(nnx.Module):  # noqa: N801
-    def __init__(self, width: int, *, bias: bool, rngs: nnx.Rngs):
-        heads = ('embed', 'heads')
-        self.to_q = Linear(width, width, heads, bias=bias, rngs=rngs)
-        self.to_k = Linear(width, width, heads, bias=bias, rngs=rngs)
-        self.to_v = Linear(width, width, heads, bias=bias, rngs=rngs)
-        self.to_out = Linear(width, width, ('heads', 'embed'), rngs=rngs)
 
 
 class Sana(Backbone):

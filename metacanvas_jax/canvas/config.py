@@ -7,8 +7,8 @@ import dataclasses
 class CanvasConfig:
     """One row of Tables 3, 6 and 10 (spec.md section 3.8).
 
-    The canvas has `keyframes` x ceil(h / stride) x ceil(w / stride) tokens for an h x w token grid of
-    the DiT; `grid` is the size that its table of parameters has, resized where they differ.
+    The canvas has `keyframes` x ceil(h / stride) x ceil(w / stride) tokens for an h x w token grid
+    of the DiT; `grid` is the size of its table of parameters, resized where they differ.
     """
 
     fuse: str  # dit | add | latents | none

@@ -10,6 +10,7 @@ Two zero projections in series without L between them would never learn, so AddF
 """
 
 import abc
+import dataclasses
 import functools
 
 import jax
@@ -35,8 +36,8 @@ MLP_RATIO = 2.5
 class Fusion(nnx.Module, abc.ABC):
     """`prepare` runs once per sample, the other two at every solver step.
 
-    Clean frames (time 0) are left alone: the canvas is for noisy latents only (Sec. 3.4; Alg. 1 adds
-    it to all).
+    Clean frames (time 0) are left alone: the canvas is for noisy latents only (Sec. 3.4; Alg. 1
+    adds it to all).
     """
 
     @abc.abstractmethod
@@ -122,7 +123,9 @@ class AddFusion(Fusion):
 
     def after_patchify(self, patches, canvas, t_BT, clean_BT):
         del t_BT
-        return patches.replace(target_BThwD=_add(patches.target_BThwD, canvas, clean_BT))
+        return dataclasses.replace(
+            patches, target_BThwD=_add(patches.target_BThwD, canvas, clean_BT)
+        )
 
     def features(self, patches, canvas, t_BT):
         del patches, t_BT
@@ -168,7 +171,7 @@ class NoTimestep(nnx.Module):
 
 
 class DitFusion(Fusion):
-    """Figure 2: latents + canvas -> DiT block with AdaLN -> zero linear -> back onto the latents."""
+    """Figure 2: latents + canvas -> DiT block with AdaLN -> zero linear -> back on the latents."""
 
     def __init__(self, config: CanvasConfig, d_in: int, backbone: Backbone, *, rngs: nnx.Rngs):
         width = backbone.width
@@ -195,7 +198,9 @@ class DitFusion(Fusion):
 
     def after_patchify(self, patches, canvas, t_BT, clean_BT):
         delta = self.features(patches, canvas, t_BT)
-        return patches.replace(target_BThwD=_add(patches.target_BThwD, delta, clean_BT))
+        return dataclasses.replace(
+            patches, target_BThwD=_add(patches.target_BThwD, delta, clean_BT)
+        )
 
 
 TIME = {'adaln': AdaLayerNormSingle, 'none': NoTimestep}

@@ -18,8 +18,8 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 def task_of_step(shares: Mapping[str, float], seed: int, step: int) -> str:
     """The task that every process trains at a step (Table 16's ratios are of steps).
 
-    A Kronecker sequence instead of independent draws: any stretch of steps holds nearly its share of
-    each task, and 10,000 steps hold it within 0.1 %.
+    A Kronecker sequence instead of independent draws: any stretch of steps holds nearly its share
+    of each task, and 10,000 steps hold it within 0.1 %.
     """
     names = [name for name, share in shares.items() if share > 0]
     if not names or min(shares.values()) < 0:

@@ -21,7 +21,7 @@ SYSTEM = 'You are a helpful assistant.'
 
 
 class ChatTokenizer:
-    """Text typed by users stays text: `<|im_end|>` inside it is spelled out, never a special token."""
+    """What users type stays text: `<|im_end|>` in it is spelled out, never a special token."""
 
     def __init__(self, directory: str | pathlib.Path):
         path = pathlib.Path(directory) / 'tokenizer.json'
@@ -29,10 +29,10 @@ class ChatTokenizer:
             raise InputError(f'no tokenizer.json in {directory}')
         self._tokenizer = Tokenizer.from_file(str(path))
         self._tokenizer.encode_special_tokens = True
-        special = {name: self._tokenizer.token_to_id(f'<|{name}|>') for name in _SPECIAL}
-        if missing := [name for name, id in special.items() if id is None]:
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if missing := [token for token in _SPECIAL if token not in vocabulary]:
             raise InputError(f"{path} lacks Qwen's special tokens {missing}")
-        self.start, self.end, self.pad = (special[name] for name in _SPECIAL)
+        self.start, self.end, self.pad = (vocabulary[token] for token in _SPECIAL)
 
     def text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -52,7 +52,7 @@ class ChatTokenizer:
         return asked + answer, len(answer) - header
 
 
-_SPECIAL = ('im_start', 'im_end', 'endoftext')
+_SPECIAL = ('<|im_start|>', '<|im_end|>', '<|endoftext|>')
 
 
 def make_prompts(

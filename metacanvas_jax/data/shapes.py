@@ -219,7 +219,9 @@ def draw_picture(rng: np.random.Generator, category: str, split: str) -> Picture
     phrases = [phrase(c if named else None, s, count) for c, s in pairs]
     caption = pick(rng, TEMPLATES).format((f' {relation} ' if relation else ' and ').join(phrases))
     asked = tuple(Asked(count, c if judged else None, s) for c, s in pairs)
-    objects = _draw_objects(rng, pairs * count, count * nouns, RELATIONS.get(relation))
+    objects = _draw_objects(
+        rng, pairs * count, count * nouns, RELATIONS[relation] if relation else None
+    )
     scene = Scene(pick(rng, tuple(BACKGROUNDS)), objects)
     return Picture(Request(category, caption, asked, relation), scene)
 

@@ -164,7 +164,7 @@ def _read(image: np.ndarray) -> tuple[str | None, tuple[Found, ...]]:
             pixels = ndimage.gaussian_filter(pixels, (width, width, 0))
             break
     name, ground = _ground(pixels)
-    if name is None:
+    if name is None or ground is None:
         return None, ()
     offset = pixels - ground
     foreground = np.sqrt((offset**2).sum(-1)) > _FOREGROUND
@@ -228,7 +228,7 @@ def _present(offset, foreground, colours) -> tuple[list[str], np.ndarray]:
     pure = {c: ((offset - rgb) ** 2).sum(-1) < _PURE**2 for c, rgb in colours.items()}
     while True:
         votes = {c: np.count_nonzero(mask & left) for c, mask in pure.items()}
-        colour = max(votes, key=votes.get)
+        colour = max(votes, key=votes.__getitem__)
         if votes[colour] < _LEAST_AREA / 2 * left.size:
             return present, left
         present.append(colour)
@@ -238,7 +238,7 @@ def _present(offset, foreground, colours) -> tuple[list[str], np.ndarray]:
 
 def _nearest(offset: np.ndarray, colours) -> str:
     distances = {c: float(np.linalg.norm(offset - rgb)) for c, rgb in colours.items()}
-    colour = min(distances, key=distances.get)
+    colour = min(distances, key=distances.__getitem__)
     return colour if distances[colour] < _ALIKE else UNKNOWN
 
 

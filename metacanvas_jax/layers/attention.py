@@ -8,7 +8,7 @@ from einops import rearrange
 def attend(q_BSNE, k_BLGE, v_BLGE, *, mask_BSL=None, length_B=None, causal=False) -> jax.Array:
     """softmax(q k^T / sqrt(E)) v, grouped when G < N; softmax in fp32.
 
-    `length_B` are true key lengths: cuDNN takes them at no cost, while a mask becomes an S x L bias.
+    `length_B` are true key lengths: free in cuDNN, while a mask becomes an S x L bias there.
     """
     half = q_BSNE.dtype in (jnp.bfloat16, jnp.float16)
     cudnn = half and mask_BSL is None and jax.default_backend() == 'gpu' and q_BSNE.shape[-1] <= 256
@@ -32,7 +32,7 @@ def merge_heads(x):
 
 
 def linear_attention(q_BSNE, k_BSNE, v_BSNE) -> jax.Array:
-    """o_m = (sum_n v_n k_n^T) q_m / (sum_n k_n . q_m), with q, k through a ReLU, all in fp32 (SANA).
+    """o_m = (sum_n v_n k_n^T) q_m / (sum_n k_n . q_m), q and k through a ReLU, in fp32 (SANA).
 
     jax.nn.relu, not maximum: its gradient at 0 is 0, which the 1e-15 would otherwise amplify.
     """

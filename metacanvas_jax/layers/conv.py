@@ -43,7 +43,9 @@ def _kernel_gradient_by_rows(padded_BHWC, g_BHWC):
         g = jax.lax.dynamic_slice(g_BHWC, (b, h, 0, 0), (1, rows, W, C))[0]
         padded = jax.lax.dynamic_slice(padded_BHWC, (b, h, 0, 0), (1, rows + 2, W + 2, C))[0]
         products = [(shift * g).reshape(rows * W, C) for shift in _shifts(padded, rows, W)]
-        return total_9C + jnp.stack([sum(product[i] for i in range(rows * W)) for product in products])
+        return total_9C + jnp.stack(
+            [sum(product[i] for i in range(rows * W)) for product in products]
+        )
 
     return jax.lax.fori_loop(0, B * H // rows, add, jnp.zeros((9, C), g_BHWC.dtype))
 

@@ -49,12 +49,12 @@ def prefix_positions(
     videos = iter([(*grid, next(seconds) * config.tokens_per_second) for grid in video_grids])
     vision = {config.image_token_id: images, config.video_token_id: videos}
 
-    ids = np.asarray(ids)
+    tokens = np.asarray(ids)
     blocks, position, start = [], 0, 0
-    while start < len(ids):
-        kind = int(ids[start])
+    while start < len(tokens):
+        kind = int(tokens[start])
         if kind not in vision:
-            same = np.isin(ids[start:], list(vision))
+            same = np.isin(tokens[start:], list(vision))
             length = int(same.argmax()) if same.any() else len(same)
             blocks.append(np.tile(np.arange(position, position + length), (3, 1)))
             start, position = start + length, position + length
@@ -69,9 +69,9 @@ def prefix_positions(
         blocks.append(block)
         start, position = start + t * h * w, TEXT_RULES[rule](position, block, (t, h, w))
     positions_3L = np.concatenate(blocks, 1).astype(np.int32)
-    if positions_3L.shape[1] != len(ids):
+    if positions_3L.shape[1] != len(tokens):
         raise InputError(
-            f'the prompt has {len(ids)} tokens, its text and grids make {positions_3L.shape[1]}'
+            f'the prompt has {len(tokens)} tokens, its text and grids make {positions_3L.shape[1]}'
         )
     return positions_3L, int(positions_3L.max()) + 1
 

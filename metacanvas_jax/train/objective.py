@@ -16,11 +16,12 @@ def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array) -> jax.Array:
     """|| v(z_t, t, plan) - (eps - z) ||^2 over noised frames (App. A.2)."""
     time_key, noise_key, dropout_key = jax.random.split(key, 3)
     clean_BT = batch.visual.clean_BT
-    z_BTHWC = jax.lax.stop_gradient(model.vae.encode(batch.pixels_BFHWC))
+    z_BTHWC = jax.lax.stop_gradient(model.vae.encode(jnp.asarray(batch.pixels_BFHWC)))
     t_BT = frame_times(uniform(time_key, len(z_BTHWC)), clean_BT)
     eps = jax.random.normal(noise_key, z_BTHWC.shape)
     z_t, u = noised(z_BTHWC, eps, t_BT)
-    plan = model.plan(batch.prompt, z_BTHWC.shape[1:4], dropout_key)
+    _, T, H, W, _ = z_BTHWC.shape
+    plan = model.plan(batch.prompt, (T, H, W), dropout_key)
     return flow_loss(model.velocity(z_t, t_BT, plan, batch.visual), u, clean_BT)
 
 

@@ -1,4 +1,4 @@
-"""A run's state: what learns and what the optimizer remembers of it; and the frozen rest beside it."""
+"""A run's state: what learns, and what the optimizer remembers of it; the frozen rest beside it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""One training step: gradients of the objective with respect to the trainable leaves, then AdamW."""
+"""One training step: the objective's gradient for the trainable leaves, then AdamW."""
 
 import functools
 from collections.abc import Callable
