@@ -41,7 +41,8 @@ def main() -> None:
     check_flags()
     compilation_cache()
     if FLAGS.prompts is None:
-        sample_prompt(load(FLAGS.checkpoint))
+        noise = None if FLAGS.noise is None else read_noise(pathlib.Path(FLAGS.noise))
+        sample_prompt(load(FLAGS.checkpoint), noise)
     else:
         records = read_prompts(pathlib.Path(FLAGS.prompts))
         sample_prompts(load(FLAGS.checkpoint), records)
@@ -72,19 +73,16 @@ def settings() -> dict[str, Any]:
 # ---------------------------------------------------------------- one prompt
 
 
-def sample_prompt(pipe: Pipeline) -> None:
+def sample_prompt(pipe: Pipeline, noise: np.ndarray | None) -> None:
     output = pathlib.Path(FLAGS.output)
-    n = FLAGS.num_images
-    given = None if FLAGS.noise is None else read_noise(pathlib.Path(FLAGS.noise))
-    if given is not None:
-        n = len(given)
+    n = FLAGS.num_images if noise is None else len(noise)
     latents = np.concatenate(
         [
             pipe.sample(
                 [FLAGS.prompt] * len(part),
                 indices=part,
                 seed=FLAGS.seed,
-                noise=None if given is None else given[part.start : part.stop],
+                noise=None if noise is None else noise[part.start : part.stop],
                 **settings(),
             )
             for part in parts(n)

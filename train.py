@@ -15,7 +15,7 @@ from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from metacanvas_jax.build import build_encoder, mllm_config
+from metacanvas_jax.build import build_encoder, check_size, choose, mllm_config
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
@@ -25,7 +25,7 @@ from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import BATCHES
 from metacanvas_jax.evaluate.shapes_score import shapes_score
 from metacanvas_jax.evaluate.sheet import contact_sheet
-from metacanvas_jax.pipeline import Pipeline, starting_model
+from metacanvas_jax.pipeline import Pipeline, check_model, starting_model
 from metacanvas_jax.sharding import make_mesh, put_batch
 from metacanvas_jax.train.log import MetricLog
 from metacanvas_jax.train.objective import OBJECTIVES
@@ -35,6 +35,7 @@ from metacanvas_jax.train.state import TrainState, abstract, start
 from metacanvas_jax.train.step import make_train_step
 from metacanvas_jax.train.trainable import trainable_table
 from metacanvas_jax.train.workdir import open_workdir, write_text
+from metacanvas_jax.types import InputError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string('workdir', None, 'Folder of the run; a run in it is resumed.', required=True)
@@ -51,8 +52,42 @@ def main() -> None:
         jax.distributed.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
     config = config_from_flags()
     compilation_cache()
+    check(config)
     with open_workdir(FLAGS.workdir, config) as workdir:
         train(config, workdir)
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses what cannot work before there is a workdir and before anything is compiled."""
+    counts = {
+        'steps': config.steps,
+        'batch_size': config.batch_size,
+        'accumulate': config.accumulate,
+        'log.every': config.log.every,
+        'checkpoint.every': config.checkpoint.every,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f'config.{name} must be at least 1, got {count}')
+    make_mesh(**config.mesh)
+    check_model(config)
+    if config.objective == 'flow':
+        check_size(config, config.data.size, config.data.size)
+    make_loader(config).batch(0)
+
+
+def make_loader(config: ConfigDict) -> Loader:
+    """The data: a batch is a function of its step."""
+    return Loader(
+        choose(SOURCES, config.data.source, 'config.data.source')(config.data),
+        config.data.tasks,
+        functools.partial(BATCHES[config.objective], encoder=build_encoder(config)),
+        batch=config.batch_size,
+        accumulate=config.accumulate,
+        seed=config.data.seed,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    )
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -76,18 +111,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         where=where,
     )
 
-    # The data: a batch is a function of its step.
-    loader = Loader(
-        SOURCES[config.data.source](config.data),
-        config.data.tasks,
-        functools.partial(BATCHES[config.objective], encoder=build_encoder(config)),
-        batch=config.batch_size,
-        accumulate=config.accumulate,
-        seed=config.data.seed,
-        threads=config.data.threads,
-        prefetch=config.data.prefetch,
-    )
-
     # Where an earlier run stopped.
     checkpoints = RunCheckpoints(
         workdir / 'checkpoints',
@@ -104,6 +127,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         return before + time.monotonic() - began
 
     pipe = Pipeline(config, graphdef, merge(state, frozen), mesh)
+    batches = make_loader(config).iterate(first, config.steps)
     key = jax.random.key(config.seed)
     with (
         checkpoints,
@@ -117,7 +141,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         ) as log,
         jax.set_mesh(mesh),
     ):
-        for step, batch in enumerate(loader.iterate(first, config.steps), start=first + 1):
+        for step, batch in enumerate(batches, start=first + 1):
             state, metrics = step_fn(state, frozen, put_batch(batch, mesh), key)
             log.write(step, metrics)
             if step % config.log.every == 0 and int(metrics['skipped']) >= STOP_AFTER:

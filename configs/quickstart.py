@@ -28,8 +28,8 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.trainable = ('context/.*', 'canvas/.*', 'backbone/.*')
 
     config.mllm = dict(size='tiny', remat='all', lora=dict(rank=0, alpha=0.0, dropout=0.0))
-    config.prompt = dict(tokenizer='tiny_qwen', buckets=(56, 128))
-    config.context = dict(hidden=384, activation='gelu_tanh', dropout=0.0)
+    config.prompt = dict(tokenizer='tiny_qwen', buckets=(40, 64, 128))
+    config.context = dict(hidden=256, activation='gelu_tanh', dropout=0.0)
     config.canvas = dict(
         fuse='dit',
         time='adaln',
@@ -37,8 +37,8 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         positions='mrope',
         attention='causal',
         keyframes=1,
-        grid=(8, 8),
-        stride=1,
+        grid=(4, 4),
+        stride=2,
         frame_seconds=0.0,
         head_dim=32,
     )
@@ -46,11 +46,11 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         kind='sana',
         remat='all',
         in_channels=48,
-        num_attention_heads=6,
+        num_attention_heads=4,
         attention_head_dim=32,
-        num_layers=5,
-        num_cross_attention_heads=6,
-        caption_channels=192,
+        num_layers=6,
+        num_cross_attention_heads=4,
+        caption_channels=128,
         mlp_ratio=2.5,
         patch_size=1,
     )

@@ -26,4 +26,6 @@ def get_config() -> ConfigDict:
     config.optimizer.ema = 0.998
     config.sample.every = 0
     config.evaluate.kind = 'export'
+    for group in ('context', 'canvas', 'backbone', 'vae'):
+        del config[group]
     return config

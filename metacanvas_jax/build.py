@@ -151,12 +151,12 @@ def check_size(config: ConfigDict, height: int, width: int) -> None:
             raise InputError(f'{name} {size} is not a multiple of {multiple} (nearest: {nearest})')
 
 
-def place_weights(
-    state: nnx.State, arrays: Mapping[str, np.ndarray], prefix: str, source: str
-) -> nnx.State:
-    """`state` with the parameters below `prefix` replaced by `arrays`, all of them and no others.
+def match_weights(
+    state: nnx.State, shapes: Mapping[str, tuple[int, ...]], prefix: str, source: str
+) -> dict[str, tuple]:
+    """{name in the weights: path in `state`}; they must hold all parameters below `prefix`.
 
-    LoRA parameters keep their initial values.
+    LoRA parameters are in no weights. The state may be abstract.
     """
     flat = dict(nnx.to_flat_state(state))
     paths = {'/'.join(map(str, path)): path for path in flat}
@@ -166,15 +166,24 @@ def place_weights(
         if name.startswith(prefix) and '/lora/' not in name
     }
     wrong = [
-        f'{name} is {arrays[name].shape} there, {flat[path][...].shape} here'
+        f'{name} is {shapes[name]} there, {flat[path].shape} here'
         for name, path in inside.items()
-        if name in arrays and arrays[name].shape != flat[path][...].shape
+        if name in shapes and shapes[name] != flat[path].shape
     ]
-    wrong += [f'{name} is missing there' for name in inside if name not in arrays]
-    wrong += [f'{name} is unknown here' for name in arrays if name not in inside]
+    wrong += [f'{name} is missing there' for name in inside if name not in shapes]
+    wrong += [f'{name} is unknown here' for name in shapes if name not in inside]
     if wrong:
         raise InputError(f'{source} does not fit this config: {"; ".join(wrong[:5])}')
-    for name, path in inside.items():
+    return inside
+
+
+def place_weights(
+    state: nnx.State, arrays: Mapping[str, np.ndarray], prefix: str, source: str
+) -> nnx.State:
+    """`state` with the parameters below `prefix` replaced by `arrays`."""
+    flat = dict(nnx.to_flat_state(state))
+    shapes = {name: array.shape for name, array in arrays.items()}
+    for name, path in match_weights(state, shapes, prefix, source).items():
         old = flat[path]
         value = jax.device_put(arrays[name].astype(old[...].dtype), old[...].sharding)
         flat[path] = old.replace(value)

@@ -305,14 +305,26 @@ def save_weights(
 
 def load_weights(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of model.safetensors in `directory`."""
-    path = pathlib.Path(directory).absolute() / 'model.safetensors'
-    if not path.is_file():
-        raise InputError(f'no weights: {path} does not exist')
-    _check_safetensors(path)
+    path = _weights_file(directory)
+    _read_header(path)
     return safetensors.numpy.load_file(path)
 
 
-def _check_safetensors(path: pathlib.Path) -> None:
+def weight_shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the arrays of model.safetensors in `directory`; reads no array."""
+    header = _read_header(_weights_file(directory))
+    return {name: tuple(entry['shape']) for name, entry in header.items() if name[:2] != '__'}
+
+
+def _weights_file(directory: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(directory).absolute() / 'model.safetensors'
+    if not path.is_file():
+        raise InputError(f'no weights: {path} does not exist')
+    return path
+
+
+def _read_header(path: pathlib.Path) -> dict[str, Any]:
+    """The header of a safetensors file that is whole."""
     size = path.stat().st_size
     with path.open('rb') as file:
         head = file.read(8)
@@ -335,3 +347,4 @@ def _check_safetensors(path: pathlib.Path) -> None:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise InputError(f'{path} has {size} bytes, its header says {expected}; download it again')
+    return header

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from metacanvas_jax.types import InputError
@@ -29,6 +29,7 @@ flags.DEFINE_bool(name='debug', default=False, help='Show the traceback of an in
 def run(main: Callable[[], Any]) -> NoReturn:
     """Parses the flags and calls `main`; exit code 0 done, 2 bad input, 130 interrupted."""
     debug = '--debug' in sys.argv
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant, such as read-only folders
     try:
         _parse(sys.argv)
         main()

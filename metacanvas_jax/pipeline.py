@@ -21,10 +21,11 @@ from metacanvas_jax.build import (
     build_encoder,
     build_model,
     check_size,
+    match_weights,
     place_weights,
     weights_folder,
 )
-from metacanvas_jax.checkpoint import RunCheckpoints, load_weights
+from metacanvas_jax.checkpoint import RunCheckpoints, load_weights, weight_shapes
 from metacanvas_jax.data.tasks import TASKS
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.path import frame_times
@@ -45,20 +46,31 @@ class Output:
     images: list[Image.Image] | np.ndarray
 
 
+def check_model(config: ConfigDict) -> nnx.filterlib.Filter:
+    """Which parameters learn; refuses patterns and weights that do not fit, in no time."""
+    model = jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))
+    for prefix, folder in _weights(config):
+        match_weights(nnx.state(model), weight_shapes(folder), prefix, str(folder))
+    return trainable_filter(config.trainable, model)
+
+
+def _weights(config: ConfigDict) -> list[tuple[str, pathlib.Path]]:
+    """(where in the model, the folder) of the weights that a run starts from."""
+    places = COMPONENTS[config.objective]
+    given = {name: folder for name, folder in config.weights.items() if folder is not None}
+    return [(places[name], weights_folder(folder)) for name, folder in given.items()]
+
+
 def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """The model that a run starts from: initial values, with published weights over them."""
     make = functools.partial(build_model, config)
-    model = jax.eval_shape(make, jax.random.key(0))
-    wanted = trainable_filter(config.trainable, model)
+    wanted = check_model(config)
     graphdef, *parts = split_model(
         make, wanted, seed=config.seed, frozen_dtype=DTYPES[config.dtype], mesh=mesh
     )
     whole = nnx.merge_state(*parts)
-    for name, folder in config.weights.items():
-        if folder is not None:
-            prefix = COMPONENTS[config.objective][name]
-            folder = weights_folder(folder)
-            whole = place_weights(whole, load_weights(folder), prefix, str(folder))
+    for prefix, folder in _weights(config):
+        whole = place_weights(whole, load_weights(folder), prefix, str(folder))
     trainable, frozen = nnx.split_state(whole, wanted, ...)
     return graphdef, trainable, frozen
 

@@ -145,7 +145,7 @@ def metacanvas(
 def named(module: nnx.Module) -> dict[str, jax.Array]:
     """{slash-joined path: value} of every parameter."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {'/'.join(map(str, path)): variable[...] for path, variable in flat}
+    return {'/'.join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def fill(module: nnx.Module, arrays: Mapping[str, np.ndarray]):

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_MARGIN = ((0, 0), (1, 1), (1, 1), (0, 0))
-
 
 @jax.custom_vjp
 def depthwise_conv(x_BHWC: jax.Array, kernel_33C: jax.Array) -> jax.Array:
@@ -14,40 +12,54 @@ def depthwise_conv(x_BHWC: jax.Array, kernel_33C: jax.Array) -> jax.Array:
     A grouped convolution is 10 to 34 times slower on CPU and its gradient worse; on GPU the nine
     terms fuse into one kernel.
     """
+    return jax.lax.platform_dependent(x_BHWC, kernel_33C, cpu=_by_images, default=_correlate)
+
+
+def _correlate(x_BHWC, kernel_33C):
+    return sum(x * kernel_33C[n // 3, n % 3] for n, x in enumerate(_shifts(x_BHWC)))
+
+
+def _shifts(x_BHWC):
+    """The nine neighbours of every pixel."""
     H, W = x_BHWC.shape[1:3]
-    # The barriers keep XLA from computing what made x (a SiLU, say) anew in each of nine terms, and
-    # the nine terms anew in each use of their sum.
-    padded = jnp.pad(jax.lax.optimization_barrier(x_BHWC), _MARGIN)
-    shifts = _shifts(padded, H, W)
-    y = sum(shift * kernel_33C[n // 3, n % 3] for n, shift in enumerate(shifts))
-    return jax.lax.optimization_barrier(y)
+    padded = jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [padded[:, i : i + H, j : j + W] for i in range(3) for j in range(3)]
 
 
-def _shifts(padded_BHWC, H: int, W: int):
-    return [padded_BHWC[..., i : i + H, j : j + W, :] for i in range(3) for j in range(3)]
+def _gradients(x_BHWC, kernel_33C, g_BHWC):
+    products = (jnp.einsum('BHWC,BHWC->C', x, g_BHWC) for x in _shifts(x_BHWC))
+    kernel_9C = jnp.stack(list(products))
+    return _correlate(g_BHWC, kernel_33C[::-1, ::-1]), kernel_9C.reshape(kernel_33C.shape)
 
 
-def _kernel_gradient(padded_BHWC, g_BHWC):
-    """sum over pixels of shifted input x gradient, (9, C)."""
-    shifts = _shifts(padded_BHWC, *g_BHWC.shape[1:3])
-    return jnp.stack([jnp.einsum('BHWC,BHWC->C', shift, g_BHWC) for shift in shifts])
+# XLA's CPU backend fuses the nine terms into each of their uses and computes them again there, and
+# takes six times too long over the sum of the kernel's gradient. A loop over images keeps both in
+# their places, and in the cache.
 
 
-def _kernel_gradient_by_rows(padded_BHWC, g_BHWC):
-    """The same, some rows at a time: a sum that XLA's CPU backend takes six times longer over."""
-    B, H, W, C = g_BHWC.shape
-    rows = max(n for n in range(1, H + 1) if H % n == 0 and (n == 1 or n * W <= 64))
+def _by_images(x_BHWC, kernel_33C):
+    return jax.lax.map(lambda x_HWC: _correlate(x_HWC[None], kernel_33C)[0], x_BHWC)
 
-    def add(n, total_9C):
-        b, h = n // (H // rows), n % (H // rows) * rows
-        g = jax.lax.dynamic_slice(g_BHWC, (b, h, 0, 0), (1, rows, W, C))[0]
-        padded = jax.lax.dynamic_slice(padded_BHWC, (b, h, 0, 0), (1, rows + 2, W + 2, C))[0]
-        products = [(shift * g).reshape(rows * W, C) for shift in _shifts(padded, rows, W)]
-        return total_9C + jnp.stack(
-            [sum(product[i] for i in range(rows * W)) for product in products]
-        )
 
-    return jax.lax.fori_loop(0, B * H // rows, add, jnp.zeros((9, C), g_BHWC.dtype))
+def _gradients_by_images(x_BHWC, kernel_33C, g_BHWC):
+    def step(total_9C, image):
+        x, g = (a[None] for a in image)
+        products = jnp.stack([_sum_pixels(shift * g) for shift in _shifts(x)])
+        return total_9C + products, _correlate(g, kernel_33C[::-1, ::-1])[0]
+
+    zero_9C = jnp.zeros((9, kernel_33C.shape[-1]), g_BHWC.dtype)
+    kernel_9C, x_grad = jax.lax.scan(step, zero_9C, (x_BHWC, g_BHWC))
+    return x_grad, kernel_9C.reshape(kernel_33C.shape)
+
+
+def _sum_pixels(x_1HWC):
+    """By halves: unlike a reduction, additions of slices are vectorised over channels."""
+    x = x_1HWC.reshape(-1, x_1HWC.shape[-1])
+    while len(x) > 1:
+        half = len(x) // 2
+        x, odd = x[:half] + x[half : 2 * half], x[2 * half :]
+        x = x.at[: len(odd)].add(odd)
+    return x[0]
 
 
 def _forward(x_BHWC, kernel_33C):
@@ -55,11 +67,9 @@ def _forward(x_BHWC, kernel_33C):
 
 
 def _backward(saved, g_BHWC):
-    x_BHWC, kernel_33C = saved
-    gradient = jax.lax.platform_dependent(
-        jnp.pad(x_BHWC, _MARGIN), g_BHWC, cpu=_kernel_gradient_by_rows, default=_kernel_gradient
+    return jax.lax.platform_dependent(
+        *saved, g_BHWC, cpu=_gradients_by_images, default=_gradients
     )
-    return depthwise_conv(g_BHWC, kernel_33C[::-1, ::-1]), gradient.reshape(kernel_33C.shape)
 
 
 depthwise_conv.defvjp(_forward, _backward)

@@ -5,10 +5,11 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-# What a layer's forward keeps for its backward. 'none' recomputes everything (least memory).
+# What a layer's forward keeps for its backward: 'none' recomputes all of it (least memory), 'all'
+# recomputes nothing (no checkpointing: everything_saveable would add copies of its own).
 POLICIES = {
     'none': jax.checkpoint_policies.nothing_saveable,
-    'all': jax.checkpoint_policies.everything_saveable,
+    'all': None,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     # cuDNN attention's forward is the one thing worth its memory: performance.md section 3.
     'attention': lambda prim, *_, **__: 'dot_product_attention_fwd' in prim.name,
@@ -27,7 +28,8 @@ def scan(layers, x, step: Callable, xs=None, *, remat: str):
         layer, x_i = layer_xs
         return step(layer, x, x_i)
 
-    body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
+    if (policy := POLICIES[remat]) is not None:
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     return jax.lax.scan(body, x, (layers, xs))
 
 

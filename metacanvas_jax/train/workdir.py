@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from metacanvas_jax.types import InputError
 
-FREE = ('steps', 'log', 'checkpoint', 'evaluate')
+FREE = ('steps', 'mesh', 'log', 'checkpoint', 'evaluate')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 

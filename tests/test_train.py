@@ -1,0 +1,350 @@
+"""One step: what learns, what does not, and that no accident leaves a trace."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from metacanvas_jax.data.loader import process_rows, task_of_step
+from metacanvas_jax.data.tasks import diffusion_batch
+from metacanvas_jax.train.objective import flow_matching
+from metacanvas_jax.train.optim import OptimizerConfig, learning_rate, make_optimizer
+from metacanvas_jax.train.state import split_model, start
+from metacanvas_jax.train.step import make_train_step
+from metacanvas_jax.train.trainable import parameter_sizes, trainable_filter, trainable_table
+from metacanvas_jax.types import Batch, InputError, Visual
+from tests import tiny
+
+OPTIMIZER = OptimizerConfig(
+    lr=1e-2,
+    warmup_lr=1e-3,
+    warmup_steps=4,
+    b1=0.9,
+    b2=0.99,
+    eps=1e-8,
+    weight_decay=0.0,
+    clip=1.0,
+    ema=0.0,
+)
+
+
+def _batch(size: int = 8) -> Batch:
+    """Pictures of 2 x 3 latents."""
+    lengths = np.random.default_rng(0).integers(4, 10, size)
+    return Batch(
+        prompt=tiny.prompt(tuple(lengths)),
+        visual=Visual(clean_BT=np.zeros((size, 1), np.float32)),
+        pixels_BFHWC=np.asarray(jnp.tanh(tiny.normal(size, 1, 4, 6, 3))),
+    )
+
+
+# ------------------------------------------------------------ which leaves
+
+PATTERNS = ('canvas/.*', 'context/.*', r'mllm/.*/lora/[ab]', 'backbone/.*attn2/.*')
+
+
+@functools.cache
+def _make():
+    return tiny.metacanvas(tiny.sana, lora=tiny.LORA, stride=1)
+
+
+def test_patterns_name_whole_paths_and_each_must_match():
+    model = jax.eval_shape(lambda: _make()(nnx.Rngs(0)))
+    sizes = parameter_sizes(model)
+    wanted = trainable_filter(PATTERNS, model)
+    _, trainable, _ = nnx.split(model, wanted, ...)
+    names = {'/'.join(map(str, path)) for path in dict(nnx.to_flat_state(trainable))}
+    assert names == {
+        name
+        for name in sizes
+        if name.startswith(('canvas/', 'context/')) or '/lora/' in name or '/attn2/' in name
+    }
+    assert 0 < len(names) < len(sizes)
+    for pattern in ('canvas', 'backbone/attn2/.*', 'canvas/fusion/gone/.*'):
+        with pytest.raises(InputError, match='matches none'):
+            trainable_filter((*PATTERNS, pattern), model)
+
+    rows = [line.split() for line in trainable_table(PATTERNS, model).splitlines()[1:]]
+    found = {pattern: (int(n), int(size.replace(',', ''))) for pattern, n, size in rows}
+    assert [*found] == [*PATTERNS, '(frozen)']
+    assert sum(n for n, _ in found.values()) == len(sizes)
+    assert sum(size for _, size in found.values()) == sum(sizes.values())
+    frozen = [size for name, size in sizes.items() if name not in names]
+    assert found['(frozen)'] == (len(frozen), sum(frozen))
+
+
+def test_the_first_pattern_counts():
+    model = jax.eval_shape(lambda: _make()(nnx.Rngs(0)))
+    rows = trainable_table(('canvas/tokens/.*', 'canvas/.*'), model).splitlines()
+    assert rows[1].split()[1] == '1'
+    inside = [name for name in parameter_sizes(model) if name.startswith('canvas/')]
+    assert rows[2].split()[1] == str(len(inside) - 1)
+
+
+def test_trainable_leaves_learn_and_frozen_ones_do_not():
+    """From all the zeros of a new run: SANA's output delays everything by one step."""
+    mesh = tiny.one_device()
+    model = tiny.randomised(_make(), zero=(*tiny.PROJECTIONS, '/lora/b', 'proj_out'))
+    wanted = trainable_filter((*PATTERNS, 'backbone/proj_out/.*'), model)
+    graphdef, trainable, frozen = split_model(
+        lambda _: model, wanted, seed=0, frozen_dtype=jnp.float32, mesh=mesh
+    )
+    before = {name: np.array(a) for name, a in tiny.named(nnx.merge(graphdef, trainable, frozen)).items()}
+    learning = {'/'.join(map(str, path)) for path in dict(nnx.to_flat_state(trainable))}
+    tx = make_optimizer(OPTIMIZER)
+    state, where = start(trainable, tx, ema=False, mesh=mesh)
+    step = make_train_step(
+        graphdef, flow_matching, tx, accumulate=1, ema_decay=0.0, where=where
+    )
+    moments = [a for a in jax.tree.leaves(state.opt_state) if a.ndim]
+    assert sum(a.size for a in moments) == 2 * sum(before[name].size for name in learning)
+    for _ in range(6):
+        state, metrics = step(state, frozen, _batch(), jax.random.key(1))
+        assert np.isfinite(metrics['loss'])
+    after = tiny.named(nnx.merge(graphdef, state.trainable, frozen))
+    changed = {name for name in before if np.any(before[name] != after[name])}
+    assert changed == learning
+    assert int(state.step) == 6
+
+
+# ------------------------------------------------------------ the step, on a linear toy
+
+
+def _toy_objective(model, batch, key):
+    """Mean over rows, no randomness; a row of nan makes the gradient nan."""
+    del key
+    return jnp.mean(jnp.square(jnp.tanh(model(batch['x'])) - batch['y']))
+
+
+@functools.cache
+def _toy(*, accumulate: int = 1, ema: float = 0.0, adam: bool = False):
+    mesh = tiny.one_device()
+    graphdef, trainable, frozen = split_model(
+        lambda key: nnx.Linear(4, 3, rngs=nnx.Rngs(key)),
+        nnx.Any(nnx.Param),
+        seed=0,
+        frozen_dtype=jnp.bfloat16,
+        mesh=mesh,
+    )
+    tx = make_optimizer(OPTIMIZER) if adam else optax.sgd(1.0)
+    step = make_train_step(
+        graphdef,
+        _toy_objective,
+        tx,
+        accumulate=accumulate,
+        ema_decay=ema,
+        where=start(trainable, tx, ema=ema > 0, mesh=mesh)[1],
+    )
+
+    def fresh():
+        return start(jax.tree.map(jnp.copy, trainable), tx, ema=ema > 0, mesh=mesh)[0]
+
+    return fresh, lambda state, batch: step(state, frozen, batch, jax.random.key(0))
+
+
+BATCH = {'x': tiny.normal(8, 4), 'y': tiny.normal(8, 3, seed=1)}
+
+
+def _flat(tree):
+    return np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize('accumulate', [2, 4, 8])
+def test_accumulated_gradients_equal_the_whole_batch(accumulate):
+    fresh, whole = _toy()
+    expected, metrics = whole(fresh(), BATCH)
+    fresh, parts = _toy(accumulate=accumulate)
+    found, found_metrics = parts(fresh(), BATCH)
+    assert tiny.error(_flat(found.trainable), _flat(expected.trainable)) <= 1e-6
+    np.testing.assert_allclose(found_metrics['loss'], metrics['loss'], rtol=1e-6)
+    np.testing.assert_allclose(found_metrics['grad_norm'], metrics['grad_norm'], rtol=1e-6)
+    moved = tiny.error(_flat(expected.trainable), _flat(fresh().trainable))
+    assert moved > 1e-2
+
+
+def test_parts_and_steps_draw_different_noise():
+    """Each accumulated part and each step has its own key, from the run's."""
+    mesh = tiny.one_device()
+    make = lambda key: nnx.Linear(1, 1, rngs=nnx.Rngs(key))
+    graphdef, trainable, frozen = split_model(
+        make, nnx.Any(nnx.Param), seed=0, frozen_dtype=jnp.float32, mesh=mesh
+    )
+    tx = optax.sgd(0.0)
+
+    def objective(model, batch, key):
+        return jax.random.uniform(key) * batch['one'].sum() + 0 * model.kernel.sum()
+
+    state, where = start(trainable, tx, ema=False, mesh=mesh)
+    step = make_train_step(graphdef, objective, tx, accumulate=2, ema_decay=0.0, where=where)
+    losses = []
+    for parts in ([1.0, 0.0], [0.0, 1.0], [1.0, 0.0]):
+        batch = {'one': jnp.array(parts)}
+        state, metrics = step(state, frozen, batch, jax.random.key(5))
+        losses.append(float(metrics['loss']))
+    again, _ = start(jax.jit(lambda: nnx.state(make(jax.random.key(0))))(), tx, ema=False, mesh=mesh)
+    repeated = step(again, frozen, {'one': jnp.array([1.0, 0.0])}, jax.random.key(5))[1]['loss']
+    assert float(repeated) == losses[0]
+    again, _ = start(jax.jit(lambda: nnx.state(make(jax.random.key(0))))(), tx, ema=False, mesh=mesh)
+    other_part = step(again, frozen, {'one': jnp.array([0.0, 1.0])}, jax.random.key(5))[1]['loss']
+    assert len({*losses, float(other_part)}) == 4
+
+
+def test_average_forgets_its_start_then_decays():
+    fresh, step = _toy(ema=0.2)
+    state = fresh()
+    average = _flat(state.ema)
+    np.testing.assert_array_equal(average, _flat(state.trainable))
+    for s in range(4):
+        state, _ = step(state, BATCH)
+        decay = min(0.2, (1 + s) / (10 + s))
+        average = decay * average + (1 - decay) * _flat(state.trainable)
+        np.testing.assert_allclose(_flat(state.ema), average, rtol=1e-5)
+    assert min(0.2, 1 / 10) != min(0.2, 4 / 13)  # both branches were taken
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(bad):
+    fresh, step = _toy(accumulate=2, ema=0.5, adam=True)
+    state, metrics = step(fresh(), BATCH)
+    assert metrics['skipped'] == 0
+    before = jax.tree.map(np.array, state)
+    poisoned = {**BATCH, 'y': BATCH['y'].at[3, 1].set(bad)}
+    for count in (1, 2):
+        state, metrics = step(state, poisoned)
+        assert not np.isfinite(metrics['grad_norm'])
+        assert metrics['skipped'] == state.skipped == count
+    for name in ('trainable', 'opt_state', 'ema'):
+        old, new = jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(state, name))
+        for a, b in zip(old, new, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert state.step == 3
+    state, metrics = step(state, BATCH)
+    assert metrics['skipped'] == state.skipped == 0
+    assert np.any(_flat(before.trainable) != _flat(state.trainable))
+
+
+def test_learning_rate_warms_up_then_stays():
+    rate = learning_rate(OPTIMIZER)
+    found = [float(rate(step)) for step in (0, 1, 2, 3, 4, 5, 1000)]
+    np.testing.assert_allclose(found, [1e-3, 3.25e-3, 5.5e-3, 7.75e-3, 1e-2, 1e-2, 1e-2], rtol=1e-5)
+
+
+def test_gradients_are_clipped_over_all_leaves_together():
+    """The first Adam step has the size of the rate; its memory holds the clipped gradient."""
+    tx = make_optimizer(OPTIMIZER)
+    params = {'a': jnp.zeros(3), 'b': jnp.zeros(4)}
+    grads = {'a': jnp.full(3, 30.0), 'b': jnp.full(4, 40.0)}
+    updates, state = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(_flat(updates), -1e-3, rtol=1e-4)
+    norm = np.sqrt(3 * 30**2 + 4 * 40**2)
+    mu = optax.tree.get(state, 'mu')
+    np.testing.assert_allclose(_flat(mu), np.repeat([3 / norm, 4 / norm], [3, 4]), rtol=1e-5)
+
+
+# ------------------------------------------------------------ tasks
+
+STAGE_3 = dict(t2i=5, image_edit=15, t2v=15, i2v=15, video_edit=25, r2v=25)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_tasks_come_in_the_shares_of_table_16(seed, monkeypatch):
+    n = 10_000
+    names = [task_of_step({**STAGE_3, 'reconstruct': 0}, seed, step) for step in range(n)]
+    assert 'reconstruct' not in names
+    for name, percent in STAGE_3.items():
+        p = percent / 100
+        for stretch in (names, names[:1000], names[7000:]):
+            share = stretch.count(name) / len(stretch)
+            assert abs(share - p) <= 3 * (p * (1 - p) / len(stretch)) ** 0.5
+        assert abs(names.count(name) / n - p) <= 1e-3
+    monkeypatch.setattr(jax, 'process_index', lambda: 3)
+    assert [task_of_step(STAGE_3, seed, step) for step in range(50)] == names[:50]
+    late = 10**12
+    found = [task_of_step(STAGE_3, seed, late + step) for step in range(400)].count('t2i')
+    assert abs(found - 20) <= 2  # no drift, however long a run
+
+
+def test_orders_of_tasks_differ_by_seed():
+    orders = {tuple(task_of_step(STAGE_3, seed, step) for step in range(50)) for seed in range(5)}
+    assert len(orders) == 5
+
+
+@pytest.mark.parametrize('shares', [{'t2i': -1.0, 'i2v': 2.0}, {'t2i': 0.0}])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(InputError, match='wants positive shares'):
+        task_of_step(shares, 0, 0)
+
+
+def test_processes_take_the_rows_of_a_batch_once(monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 8)
+    monkeypatch.setattr(jax, 'process_count', lambda: 4)
+    rows = []
+    for index in range(4):
+        monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
+        rows += process_rows(32, 2)
+    assert rows == list(range(32))
+    with pytest.raises(InputError, match='nearest: 32'):
+        process_rows(30, 2)
+
+
+# ------------------------------------------------------------ overfit
+
+
+def test_canvas_alone_tells_pictures_apart():
+    """Eight pictures, no text: without a canvas nothing says which one is wanted."""
+    batch = _batch()
+    key = jax.random.key(0)
+
+    def final_loss(fuse: str) -> float:
+        make = tiny.metacanvas(tiny.sana, fuse=fuse, stride=1)
+        model = tiny.randomised(make, zero=(*tiny.PROJECTIONS, 'proj_out'))
+        wanted = nnx.Not(lambda path, _: path[0] == 'mllm')
+        graphdef, trainable, frozen = nnx.split(model, wanted, ...)
+        tx = optax.adam(3e-3)
+
+        def loss_of(trainable, key):
+            model = nnx.merge(graphdef, trainable, frozen)
+            model.context = lambda states, key: jnp.zeros((*states.shape[:2], 24))
+            return flow_matching(model, batch, key)
+
+        @jax.jit
+        def train(carry):
+            def step(carry, i):
+                trainable, state = carry
+                grads = jax.grad(loss_of)(trainable, jax.random.fold_in(key, i))
+                updates, state = tx.update(grads, state, trainable)
+                return (optax.apply_updates(trainable, updates), state), None
+
+            return jax.lax.scan(step, carry, jnp.arange(150))[0]
+
+        trainable, _ = train((trainable, tx.init(trainable)))
+        losses = jax.jit(jax.vmap(loss_of, (None, 0)))(
+            trainable, jax.random.split(jax.random.key(9), 8)
+        )
+        return float(losses.mean())
+
+    assert final_loss('dit') < 0.9 * final_loss('none')
+
+
+def test_dropped_text_keeps_the_template():
+    """The unconditional prompt of guidance is the task's template around nothing."""
+    from metacanvas_jax.build import build_encoder
+    from metacanvas_jax.data.tasks import Record
+
+    config = tiny.config()
+    config.data.text_dropout = 0.5
+    encoder = build_encoder(config)
+    records = [Record('a red circle', np.zeros((1, 16, 16, 3), np.uint8))] * 2
+    batch = diffusion_batch('t2i', records, [0.4, 0.6], encoder)
+    empty = encoder.tokenizer.chat('Please generate image based on the following caption: ')[0]
+    full = encoder.tokenizer.chat(
+        'Please generate image based on the following caption: a red circle'
+    )[0]
+    for row, ids in enumerate((empty, full)):
+        assert batch.prompt.length_B[row] == len(ids)
+        np.testing.assert_array_equal(batch.prompt.ids_BL[row, : len(ids)], ids)
+    np.testing.assert_array_equal(batch.pixels_BFHWC, -1)
