@@ -74,6 +74,8 @@ def settings() -> dict[str, Any]:
 
 
 def sample_prompt(pipe: Pipeline, noise: np.ndarray | None) -> None:
+    if FLAGS.canvas_map and pipe.config.canvas.fuse == 'none':
+        raise InputError('--canvas_map: this model has no canvas (config.canvas.fuse is none)')
     output = pathlib.Path(FLAGS.output)
     n = FLAGS.num_images if noise is None else len(noise)
     latents = np.concatenate(
@@ -135,6 +137,8 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
             raise InputError(f'{path}:{number} is not JSON: {error}') from error
         if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
             raise InputError(f'{path}:{number} wants an object with "prompt", got {line[:60]!r}')
+        if type(record.get('seed', 0)) is not int:
+            raise InputError(f'{path}:{number}: seed wants an int, got {record["seed"]!r}')
         if unknown := set(record) - {'prompt', 'id', 'seed'}:
             raise InputError(
                 f'{path}:{number}: {sorted(unknown)[0]!r} cannot be given to this model; '

@@ -104,7 +104,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     state, where = start(trainable, tx, ema=optimizer.ema > 0, mesh=mesh)
     step_fn = make_train_step(
         graphdef,
-        OBJECTIVES[config.objective],
+        OBJECTIVES[config.objective](config),
         tx,
         accumulate=config.accumulate,
         ema_decay=optimizer.ema,

@@ -29,7 +29,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
 
     config.mllm = dict(size='tiny', remat='all', lora=dict(rank=0, alpha=0.0, dropout=0.0))
     config.prompt = dict(tokenizer='tiny_qwen', buckets=(40, 64, 128))
-    config.context = dict(hidden=256, activation='gelu_tanh', dropout=0.0)
+    config.context = dict(hidden=256, activation='gelu_tanh', dropout=0.0, skip=23)
     config.canvas = dict(
         fuse='dit',
         time='adaln',
@@ -54,7 +54,8 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         mlp_ratio=2.5,
         patch_size=1,
     )
-    config.vae = dict(kind='pixel', stride=4)
+    config.vae = dict(kind='pixel', stride=4, scale=1.0)
+    config.flow = dict(prediction='velocity', train_shift=1.0)
 
     config.data = dict(
         source='shapes',

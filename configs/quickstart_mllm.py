@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     config.optimizer.ema = 0.998
     config.sample.every = 0
     config.evaluate.kind = 'export'
-    for group in ('context', 'canvas', 'backbone', 'vae'):
+    for group in ('context', 'canvas', 'backbone', 'vae', 'flow'):
         del config[group]
     return config

@@ -11,8 +11,9 @@ from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.loss import flow_loss
 from metacanvas_jax.flow.path import frame_times, noised
+from metacanvas_jax.flow.prediction import LEAST_TIME, PREDICTIONS
 from metacanvas_jax.flow.solver import euler
-from metacanvas_jax.flow.times import schedule, uniform
+from metacanvas_jax.flow.times import draw_times, schedule
 from tests import tiny
 
 SHAPE = (2, 3, 4, 5, 2)
@@ -46,11 +47,24 @@ def test_clean_frames_are_at_time_zero():
     np.testing.assert_array_equal(z_t[1, 2], Z[1, 2])
 
 
-def test_times_of_training_are_uniform():
-    t = np.sort(np.asarray(uniform(jax.random.key(0), 20_000)))
-    assert 0 <= t[0] and t[-1] < 1
-    distance = np.abs(t - np.arange(1, 20_001) / 20_000).max()
+@pytest.mark.parametrize('shift', [1.0, 3.0])
+def test_times_of_training_are_uniform_but_for_the_shift(shift):
+    t = np.sort(np.asarray(draw_times(jax.random.key(0), 20_000, shift), np.float64))
+    assert t[0] >= 0
+    assert t[-1] < 1
+    unshifted = t / (shift - (shift - 1) * t)
+    distance = np.abs(unshifted - np.arange(1, 20_001) / 20_000).max()
     assert distance < 1.95 / 20_000**0.5  # Kolmogorov-Smirnov, one in a thousand
+
+
+def test_a_perfect_prediction_of_the_data_is_the_true_velocity():
+    t_BT = jnp.array([[0.0, LEAST_TIME, 0.4], [0.06, 0.5, 1.0]])
+    z_t, u = noised(Z, EPS, t_BT)
+    found = PREDICTIONS['data'](Z, z_t, t_BT)
+    for b, f in np.argwhere(np.asarray(t_BT) >= LEAST_TIME):
+        assert tiny.error(found[b, f], u[b, f]) <= 1e-5
+    np.testing.assert_array_equal(found[0, 0], 0)  # a clean frame, finite
+    np.testing.assert_array_equal(PREDICTIONS['velocity'](u, z_t, t_BT), u)
 
 
 # ------------------------------------------------------------ loss
@@ -105,7 +119,9 @@ def test_euler_equals_diffusers(steps, shift):
 
 def test_more_steps_come_closer_to_the_flow():
     """dz/dt = z from t = 1 to 0 divides by e; Euler is of first order."""
-    errors = [float(abs(euler(lambda z, t: z, 1.0, schedule(n, 1.0)) - np.exp(-1))) for n in (20, 40)]
+    errors = [
+        float(abs(euler(lambda z, t: z, 1.0, schedule(n, 1.0)) - np.exp(-1))) for n in (20, 40)
+    ]
     assert errors[1] == pytest.approx(errors[0] / 2, rel=0.05)
 
 

@@ -14,7 +14,8 @@ from tests import tiny
 
 H, W = 2, 3
 M = H * W
-LINEARS = [f'self_attn/{x}_proj' for x in 'qkvo'] + [f'mlp/{x}_proj' for x in ('gate', 'up', 'down')]
+LINEARS = [f'self_attn/{name}_proj' for name in 'qkvo']
+LINEARS += [f'mlp/{name}_proj' for name in ('gate', 'up', 'down')]
 
 
 @functools.cache
@@ -54,7 +55,7 @@ def test_prefix_is_the_same_bits_whatever_the_lora():
 
 
 def test_context_is_the_same_bits_whatever_the_canvas():
-    """Through the whole plan: values and number of canvas tokens, and the LoRA that acts on them."""
+    """Through the whole plan: values and number of canvas tokens, and the LoRA on them."""
     prompt = tiny.prompt()
     make = tiny.metacanvas(tiny.video, lora=tiny.LORA, keyframes=3)
     model = tiny.randomised(make, zero=())
@@ -70,25 +71,37 @@ def test_context_is_the_same_bits_whatever_the_canvas():
         np.testing.assert_array_equal(plan(other, prompt).context_BLD, before.context_BLD)
 
 
+def test_context_leaves_out_what_all_prompts_begin_with():
+    model, prompt = tiny.randomised(tiny.metacanvas(tiny.video, fuse='none')), tiny.prompt()
+    states, _ = prefix(model.mllm, prompt)
+    plan = model.plan(prompt, (1, 4, 4))
+    skip = model.context.skip
+    assert skip > 0
+    np.testing.assert_array_equal(plan.context_length_B, prompt.length_B - skip)
+    expected = model.context.down(jax.nn.gelu(model.context.up(states[:, skip:])))
+    assert tiny.error(plan.context_BLD, expected) <= 1e-5
+
+
 # ------------------------------------------------------------ one pass
 
 
 def _rms(x, scale):
-    return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + tiny.QWEN.rms_norm_eps) * scale
+    return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + tiny.QWEN.rms_norm_eps) * scale
 
 
 def _rotate(x_SNE, positions_3S):
     """Pairs (j, j + 8); frequencies 0-1 turn with t, 2-4 with h, 5-7 with w."""
     frequency = tiny.QWEN.rope_theta ** (-np.arange(8) / 8)
-    angle = positions_3S[np.array([0, 0, 1, 1, 1, 2, 2, 2])].T * frequency
+    angle = positions_3S[[0, 0, 1, 1, 1, 2, 2, 2]].T * frequency
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     a, b = x_SNE[..., :8], x_SNE[..., 8:]
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
 def _one_pass(model, x_SD, positions_3S, mask_SS, gate_S):
-    """The concatenated, unpadded sequence of one sample; the LoRA is gated per token."""
-    values = tiny.named(model)
+    """The concatenated, unpadded sequence of one sample; the LoRA is gated per token (numpy)."""
+    values = {name: np.asarray(value, np.float64) for name, value in tiny.named(model).items()}
+    scale = tiny.LORA.alpha / tiny.LORA.rank
 
     def layer(x, i):
         def get(name):
@@ -98,23 +111,20 @@ def _one_pass(model, x_SD, positions_3S, mask_SS, gate_S):
             y = x @ get(f'{name}/kernel')
             if f'language/layers/{name}/bias' in values:
                 y = y + get(f'{name}/bias')
-            if f'language/layers/{name}/lora/a' not in values:
-                return y
-            scale = tiny.LORA.alpha / tiny.LORA.rank
             return y + gate_S[:, None] * (x @ get(f'{name}/lora/a') @ get(f'{name}/lora/b')) * scale
 
         y = _rms(x, get('input_layernorm/scale'))
         q, k, v = (linear(f'self_attn/{n}_proj', y).reshape(len(y), -1, 16) for n in 'qkv')
         q, k = _rotate(q, positions_3S), _rotate(k, positions_3S)
-        k, v = (jnp.repeat(a, 2, 1) for a in (k, v))  # two query heads to each key head
-        weight = jnp.einsum('sne,lne->nsl', q, k) / 4
-        weight = jax.nn.softmax(jnp.where(mask_SS, weight, -jnp.inf), -1)
-        out = jnp.einsum('nsl,lne->sne', weight, v).reshape(len(y), -1)
-        x = x + linear('self_attn/o_proj', out)
+        k, v = (np.repeat(a, 2, 1) for a in (k, v))  # two query heads to each key head
+        weight = np.exp(np.einsum('sne,lne->nsl', q, k) / 4) * mask_SS
+        out = np.einsum('nsl,lne->sne', weight / weight.sum(-1, keepdims=True), v)
+        x = x + linear('self_attn/o_proj', out.reshape(len(y), -1))
         y = _rms(x, get('post_attention_layernorm/scale'))
-        y = jax.nn.silu(linear('mlp/gate_proj', y)) * linear('mlp/up_proj', y)
-        return x + linear('mlp/down_proj', y)
+        gate = linear('mlp/gate_proj', y)
+        return x + linear('mlp/down_proj', gate / (1 + np.exp(-gate)) * linear('mlp/up_proj', y))
 
+    x_SD = np.asarray(x_SD, np.float64)
     for i in range(tiny.QWEN.num_hidden_layers):
         x_SD = layer(x_SD, i)
     return _rms(x_SD, values['language/norm/scale'])

@@ -32,7 +32,7 @@ def get_config(variant: str = 'sana'):
     config.context.hidden = 32
     config.canvas.update(grid=(2, 2), stride=4, head_dim=32)
     config.backbone.update(num_attention_heads=2, num_layers=1, num_cross_attention_heads=2)
-    config.prompt.buckets = (128,)
+    config.prompt.buckets = (64,)
     config.optimizer.warmup_steps = 2
     config.checkpoint.update(every=3, keep=2)
     config.log.every = 1
@@ -76,6 +76,7 @@ def config_file(factory: pytest.TempPathFactory) -> pathlib.Path:
 def environment(devices: int) -> dict[str, str]:
     """Of a process with this many devices."""
     here = f'--xla_force_host_platform_device_count={devices}'
+    # As if every program were worth keeping on the disk.
     least = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
     return {**os.environ, **least, 'XLA_FLAGS': ' '.join([here, *FLAGS]), 'JAX_PLATFORMS': 'cpu'}
 

@@ -125,7 +125,7 @@ def metacanvas(
 ) -> Callable[[nnx.Rngs], MetaCanvas]:
     """How to build one; `canvas` are changes of CANVAS."""
     config = canvas_config(**canvas)
-    context = ContextConfig(hidden=32, activation='gelu_tanh', dropout=0.0)
+    context = ContextConfig(hidden=32, activation='gelu_tanh', dropout=0.0, skip=2)
     width = QWEN.hidden_size
 
     def make(rngs: nnx.Rngs) -> MetaCanvas:
@@ -136,7 +136,7 @@ def metacanvas(
             context=ContextConnector(context, width, dit.context_width, rngs=rngs),
             canvas=NoCanvas() if none else Canvas(config, width, dit, rngs=rngs),
             backbone=dit,
-            vae=PixelVae(2),
+            vae=PixelVae(round((dit.latent_channels / 3) ** 0.5), scale=1.0),
         )
 
     return make
@@ -225,10 +225,10 @@ def config(**canvas) -> ConfigDict:
     config.batch_size = 4
     config.prompt.buckets = (64,)
     config.context.hidden = 32
-    config.canvas.update(grid=(4, 4), **canvas)
+    config.canvas.update(grid=(2, 2), **canvas)
     config.backbone.update(num_attention_heads=2, num_layers=2, num_cross_attention_heads=2)
     config.backbone.update(caption_channels=24)
-    config.data.size = 16
+    config.data.size = 8
     config.optimizer.warmup_steps = 1
     config.optimizer.ema = 0.0
     return config

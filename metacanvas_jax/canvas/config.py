@@ -30,3 +30,4 @@ class ContextConfig:
     hidden: int
     activation: str
     dropout: float
+    skip: int  # tokens at the start of the prompt, alike in all prompts, that the DiT does not read

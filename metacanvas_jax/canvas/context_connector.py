@@ -16,8 +16,9 @@ class ContextConnector(nnx.Module):
         self.up = Linear(d_in, config.hidden, ('embed', 'mlp'), rngs=rngs)
         self.down = Linear(config.hidden, d_out, ('mlp', 'embed'), rngs=rngs)
         self.activation, self.dropout = config.activation, config.dropout
+        self.skip = config.skip
 
-    def __call__(self, states_BLD: jax.Array, key: jax.Array | None) -> jax.Array:
-        """`key` turns dropout on (training)."""
-        hidden = ACTIVATIONS[self.activation](self.up(states_BLD))
-        return self.down(dropout(hidden, self.dropout, key))
+    def __call__(self, states_BLD, length_B, key: jax.Array | None):
+        """Context and its true lengths; `key` turns dropout on (training)."""
+        hidden = ACTIVATIONS[self.activation](self.up(states_BLD[:, self.skip :]))
+        return self.down(dropout(hidden, self.dropout, key)), length_B - self.skip

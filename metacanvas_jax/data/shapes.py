@@ -1,7 +1,8 @@
 """The shapes world: pictures of plain shapes with GenEval's captions, and edits between them.
 
 Everything is computed from (seed, split, index): no files, no network. Lengths are in units of the
-picture's side, x to the right, y down. Objects are vector shapes, so any picture size will do.
+picture's side, x to the right, y down. Objects are vector shapes, so any picture size will do;
+their bounding boxes lie on a grid of eighths, so that models learn shapes before sub-pixel places.
 Four (colour, shape) pairs are held out: they occur nowhere in the train split.
 """
 
@@ -37,9 +38,9 @@ TEMPLATES = ('{}', 'a picture of {}', 'a photo of {}')
 EDITS = ('add', 'remove', 'replace', 'recolour', 'move', 'background')
 SIDES = {'left': (0, -1), 'right': (0, 1), 'top': (1, -1), 'bottom': (1, 1)}  # as RELATIONS
 
-RADII = {1: (0.15, 0.20), 2: (0.15, 0.20), 3: (0.13, 0.16), 4: (0.13, 0.16)}  # by objects in scene
-GAP = 0.06  # least distance between two bounding boxes
-MARGIN = 0.02  # least distance from a bounding box to the picture's edge
+CELLS = 8  # rows and columns of the grid that bounding boxes are drawn on
+WIDTHS = {1: 3, 2: 3, 3: 2, 4: 2}  # cells that a box is wide, by objects in scene
+GAP = 1 / CELLS  # least distance between two bounding boxes
 APART = 0.28  # least distance of the centres along the axis of a relation
 SIDE = 0.3  # an object on a side has its centre within this distance of it
 ARM = 0.36  # half the width of a cross's arm, in radii
@@ -276,8 +277,8 @@ def apart(a: Object, b: Object) -> bool:
 def _move(rng, o: Object, side: str) -> Object | None:
     """The object slid straight to a side, or None where it is too near that side already."""
     axis, sign = SIDES[side]
-    nearest = o.radius + MARGIN
-    depth = nearest + (SIDE - nearest) * rng.random()
+    depths = np.arange(CELLS) / CELLS + o.radius
+    depth = pick(rng, depths[depths <= SIDE].tolist())
     at = depth if sign < 0 else 1 - depth
     if ((o.x, o.y)[axis] - at) * -sign < APART:
         return None
@@ -315,23 +316,26 @@ def _draw_pairs(rng, split: str, n: int, accept=_anything) -> list[tuple[str, st
 
 def _draw_objects(rng, pairs, n: int, relation=None) -> tuple[Object, ...]:
     """Objects of the given pairs, uniform over all valid placements (by rejection)."""
-    low, high = RADII[n]
+    width = WIDTHS[n]
     while True:
-        radii = low + (high - low) * rng.random(n)
-        inset = (radii + MARGIN)[:, None]
-        centres = inset + (1 - 2 * inset) * rng.random((_DRAWS[n], n, 2))
+        corners = (rng.random((_DRAWS[n], n, 2)) * (CELLS - width + 1)).astype(int)
         first, second = _PAIRS[n]
-        delta = centres[:, first] - centres[:, second]
+        delta = corners[:, first] - corners[:, second]
         distance = np.abs(delta).max(-1)
-        valid = (distance >= radii[first] + radii[second] + GAP).all(-1)
+        valid = (distance >= width + GAP * CELLS).all(-1)
         if relation is not None:
             axis, sign = relation
             along = delta[:, 0, axis] * sign
-            valid &= (along >= APART) & (along == distance[:, 0])
+            valid &= (along >= APART * CELLS) & (along == distance[:, 0])
+            valid &= np.abs(delta[:, 0, 1 - axis]) < along
         if (found := valid.argmax()) or valid[0]:
             break
-    places = zip(pairs, centres[found].tolist(), radii.tolist(), strict=True)
-    return tuple(Object(shape, colour, x, y, r) for (colour, shape), (x, y), r in places)
+    radius = width / CELLS / 2
+    centres = (corners[found] / CELLS + radius).tolist()
+    return tuple(
+        Object(shape, colour, x, y, radius)
+        for (colour, shape), (x, y) in zip(pairs, centres, strict=True)
+    )
 
 
 def _check(what: str, value: str, known) -> None:
@@ -366,4 +370,4 @@ def _cross(dx, dy, r):
 # Signed distances for dx = |x - centre| as a row and dy = y - centre as a column; < 0 inside.
 _DISTANCES = {'circle': _circle, 'square': _square, 'triangle': _triangle, 'cross': _cross}
 _RGB = {name: np.array(rgb, np.float32) for name, rgb in COLOURS.items()}
-_PAIRS = {n: np.triu_indices(n, 1) for n in RADII}
+_PAIRS = {n: np.triu_indices(n, 1) for n in WIDTHS}

@@ -25,10 +25,10 @@ from tokenizers.models import BPE
 
 from metacanvas_jax.data.shapes import (
     CATEGORIES,
+    CELLS,
     EDITS,
     LENGTH,
     NUMBERS,
-    RADII,
     RELATIONS,
     SHAPES,
     TRAIN_PAIRS,
@@ -41,8 +41,7 @@ from metacanvas_jax.data.shapes import (
     pick,
 )
 
-CELLS = 8  # rows and columns of the grid that places are told in
-SIZES = 4
+SIZES = {2: 1, 3: 4}  # what the width of a bounding box, in cells, is called
 GENERATE = 'Please generate image based on the following caption: {}'
 SYSTEM = 'You are a helpful assistant.'
 SPECIAL_TOKENS = tuple(  # in the order of their ids in Qwen2.5
@@ -55,8 +54,6 @@ SPECIAL_TOKENS = tuple(  # in the order of their ids in Qwen2.5
 )
 BASE_VOCABULARY = 512
 
-_SMALLEST = min(low for low, _ in RADII.values())
-_LARGEST = max(high for _, high in RADII.values())
 
 # Qwen2's pattern, from its tokenizer.json.
 _SPLIT = (
@@ -149,9 +146,7 @@ def cell(o: Object) -> tuple[int, int]:
 
 
 def size(o: Object) -> int:
-    """The radius in 1..SIZES."""
-    share = (o.radius - _SMALLEST) / (_LARGEST - _SMALLEST)
-    return min(int(share * SIZES), SIZES - 1) + 1
+    return SIZES[round(2 * o.radius * CELLS)]
 
 
 def layout(scene: Scene) -> str:

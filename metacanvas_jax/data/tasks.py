@@ -6,6 +6,7 @@ The model sees arrays and masks and cannot ask which task it is.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from metacanvas_jax.data.prompts import ChatTokenizer, make_prompts
@@ -43,7 +44,9 @@ class Encoder:
     text_dropout: float = 0.0
 
     def prompts(self, chats):
-        return make_prompts(chats, self.mllm, pad=self.tokenizer.pad, buckets=self.buckets)
+        # A process sees its own rows only: several might choose several buckets for one batch.
+        buckets = self.buckets if jax.process_count() == 1 else (max(self.buckets),)
+        return make_prompts(chats, self.mllm, pad=self.tokenizer.pad, buckets=buckets)
 
 
 @dataclasses.dataclass(frozen=True)

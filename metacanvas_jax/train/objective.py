@@ -1,23 +1,25 @@
 """What is minimised. An objective is loss(model, batch, key); the loop around it is one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from metacanvas_jax.flow.loss import flow_loss
 from metacanvas_jax.flow.path import frame_times, noised
-from metacanvas_jax.flow.times import uniform
+from metacanvas_jax.flow.times import draw_times
 from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.types import Batch, TextBatch
 
 
-def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array) -> jax.Array:
+def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array, *, shift: float) -> jax.Array:
     """|| v(z_t, t, plan) - (eps - z) ||^2 over noised frames (App. A.2)."""
     time_key, noise_key, dropout_key = jax.random.split(key, 3)
     clean_BT = batch.visual.clean_BT
     z_BTHWC = jax.lax.stop_gradient(model.vae.encode(jnp.asarray(batch.pixels_BFHWC)))
-    t_BT = frame_times(uniform(time_key, len(z_BTHWC)), clean_BT)
+    t_BT = frame_times(draw_times(time_key, len(z_BTHWC), shift), clean_BT)
     eps = jax.random.normal(noise_key, z_BTHWC.shape)
     z_t, u = noised(z_BTHWC, eps, t_BT)
     _, T, H, W, _ = z_BTHWC.shape
@@ -35,4 +37,8 @@ def next_token(model: Qwen, batch: TextBatch, key: jax.Array) -> jax.Array:
     return jnp.sum(weight * loss) / jnp.sum(weight)
 
 
-OBJECTIVES = {'flow': flow_matching, 'next_token': next_token}
+# config.objective -> config -> loss(model, batch, key)
+OBJECTIVES = {
+    'flow': lambda config: functools.partial(flow_matching, shift=config.flow.train_shift),
+    'next_token': lambda config: next_token,
+}
