@@ -14,16 +14,17 @@ from configs import quickstart
 def get_config() -> ConfigDict:
     config = quickstart.get_config()
     config.objective = 'next_token'
-    config.steps = 4000
+    config.steps = 1000
     config.batch_size = 32
+    config.checkpoint.every = 200
     config.weights.mllm = None
     config.trainable = ('.*',)
     config.prompt.buckets = (104, 160)
     config.data.source = 'shapes_text'
     config.data.tasks = dict(layout=0.6, dialogue=0.4)
-    config.optimizer.lr = 1e-3
+    config.optimizer.lr = 1.5e-3
     config.optimizer.warmup_steps = 100
-    config.optimizer.ema = 0.998
+    config.optimizer.ema = 0.995
     config.sample.every = 0
     config.evaluate.kind = 'export'
     for group in ('context', 'canvas', 'backbone', 'vae', 'flow'):

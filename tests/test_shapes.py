@@ -280,7 +280,7 @@ def test_layouts_tell_the_scene(pictures):
                 (o.colour, o.shape) == (colour, shape)
                 and abs(o.y - (row - 0.5) / 8) <= 1 / 16
                 and abs(o.x - (column - 0.5) / 8) <= 1 / 16
-                and abs(o.radius - (0.13 + 0.0175 * (size - 0.5))) <= 0.00876
+                and o.radius == {1: 2 / 16, 4: 3 / 16}[size]
                 and shapes_text.cell(o) == (row, column)
                 for o in p.scene.objects
             )
