@@ -294,6 +294,7 @@ def save_weights(
         # safetensors writes the buffer as it lies: transposed views must be made contiguous.
         dense = {key: np.asarray(array, order='C') for key, array in arrays.items()}
         safetensors.numpy.save_file(dense, temporary / 'model.safetensors')
+        (temporary / 'model.safetensors').chmod(0o644)  # it writes files that others cannot read
         text = json.dumps(config, indent=2, sort_keys=True) + '\n'
         (temporary / 'config.json').write_text(text, encoding='utf-8')
         if not directory.exists():
