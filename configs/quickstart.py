@@ -19,7 +19,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config = ConfigDict()
     config.objective = 'flow'
     config.seed = 0
-    config.steps = 1500
+    config.steps = 1300
     config.batch_size = 32
     config.accumulate = 1
     config.dtype = 'float32'
@@ -79,7 +79,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     )
     config.checkpoint = dict(every=250, keep=2, keep_every=None)
     config.log = dict(every=25, tensorboard=False)
-    config.sample = dict(every=500, count=12, steps=20, guidance=3.0, shift=3.0)
+    config.sample = dict(every=650, count=12, steps=20, guidance=3.0, shift=3.0)
     config.evaluate = dict(kind='shapes', per_category=32, batch_size=48)
     config.canvas.update(VARIANTS[variant])
     return config
