@@ -54,8 +54,8 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         mlp_ratio=2.5,
         patch_size=1,
     )
-    config.vae = dict(kind='pixel', stride=4, scale=1.0)
-    config.flow = dict(prediction='velocity', train_shift=3.0)
+    config.vae = dict(kind='pixel', stride=4)
+    config.flow = dict(train_shift=3.0)
 
     config.data = dict(
         source='shapes',

@@ -16,7 +16,6 @@ from metacanvas_jax.canvas.config import CanvasConfig, ContextConfig
 from metacanvas_jax.canvas.context_connector import ContextConnector
 from metacanvas_jax.data.prompts import ChatTokenizer
 from metacanvas_jax.data.tasks import Encoder
-from metacanvas_jax.flow.prediction import PREDICTIONS
 from metacanvas_jax.layers.linear import LoraConfig
 from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.mllm.config import PRESETS, QwenConfig, read_config
@@ -132,7 +131,6 @@ def build_metacanvas(config: ConfigDict, key: jax.Array) -> MetaCanvas:
         else NoCanvas(),
         backbone=backbone,
         vae=vae,
-        prediction=choose(PREDICTIONS, config.flow.prediction, 'config.flow.prediction').__name__,
     )
 
 

@@ -10,7 +10,6 @@ from flax import nnx
 from metacanvas_jax.backbones.base import Backbone
 from metacanvas_jax.canvas.canvas_connector import Canvas, NoCanvas
 from metacanvas_jax.canvas.context_connector import ContextConnector
-from metacanvas_jax.flow.prediction import PREDICTIONS
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.types import Plan, Prompt, Visual
 from metacanvas_jax.vae.base import Vae
@@ -24,11 +23,9 @@ class MetaCanvas(nnx.Module):
         canvas: Canvas | NoCanvas,
         backbone: Backbone,
         vae: Vae,
-        *,
-        prediction: str = 'velocity',
     ):
         self.mllm, self.context, self.canvas = mllm, context, canvas
-        self.backbone, self.vae, self.prediction = backbone, vae, prediction
+        self.backbone, self.vae = backbone, vae
 
     def plan(self, prompt: Prompt, latents: tuple[int, int, int], key=None) -> Plan:
         """Once per sample; `latents` is (T, H, W), `key` turns training's dropout on.
@@ -48,8 +45,7 @@ class MetaCanvas(nnx.Module):
     def velocity(self, z_BTHWC, t_BT, plan: Plan, visual: Visual) -> jax.Array:
         """Once per solver step."""
         clean_BT = visual.clean_BT
-        x = self.canvas.fusion.before_patchify(z_BTHWC, plan.canvas, clean_BT)
-        patches = self.backbone.patchify(x, visual)
+        z_BTHWC = self.canvas.fusion.before_patchify(z_BTHWC, plan.canvas, clean_BT)
+        patches = self.backbone.patchify(z_BTHWC, visual)
         patches = self.canvas.fusion.after_patchify(patches, plan.canvas, t_BT, clean_BT)
-        out = self.backbone.velocity(patches, t_BT, plan.context_BLD, plan.context_length_B)
-        return PREDICTIONS[self.prediction](out, z_BTHWC, t_BT)
+        return self.backbone.velocity(patches, t_BT, plan.context_BLD, plan.context_length_B)

@@ -11,7 +11,6 @@ from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.loss import flow_loss
 from metacanvas_jax.flow.path import frame_times, noised
-from metacanvas_jax.flow.prediction import LEAST_TIME, PREDICTIONS
 from metacanvas_jax.flow.solver import euler
 from metacanvas_jax.flow.times import draw_times, schedule
 from tests import tiny
@@ -55,16 +54,6 @@ def test_times_of_training_are_uniform_but_for_the_shift(shift):
     unshifted = t / (shift - (shift - 1) * t)
     distance = np.abs(unshifted - np.arange(1, 20_001) / 20_000).max()
     assert distance < 1.95 / 20_000**0.5  # Kolmogorov-Smirnov, one in a thousand
-
-
-def test_a_perfect_prediction_of_the_data_is_the_true_velocity():
-    t_BT = jnp.array([[0.0, LEAST_TIME, 0.4], [0.06, 0.5, 1.0]])
-    z_t, u = noised(Z, EPS, t_BT)
-    found = PREDICTIONS['data'](Z, z_t, t_BT)
-    for b, f in np.argwhere(np.asarray(t_BT) >= LEAST_TIME):
-        assert tiny.error(found[b, f], u[b, f]) <= 1e-5
-    np.testing.assert_array_equal(found[0, 0], 0)  # a clean frame, finite
-    np.testing.assert_array_equal(PREDICTIONS['velocity'](u, z_t, t_BT), u)
 
 
 # ------------------------------------------------------------ loss

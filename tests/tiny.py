@@ -136,7 +136,7 @@ def metacanvas(
             context=ContextConnector(context, width, dit.context_width, rngs=rngs),
             canvas=NoCanvas() if none else Canvas(config, width, dit, rngs=rngs),
             backbone=dit,
-            vae=PixelVae(round((dit.latent_channels / 3) ** 0.5), scale=1.0),
+            vae=PixelVae(round((dit.latent_channels / 3) ** 0.5)),
         )
 
     return make

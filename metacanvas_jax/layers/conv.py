@@ -67,9 +67,7 @@ def _forward(x_BHWC, kernel_33C):
 
 
 def _backward(saved, g_BHWC):
-    return jax.lax.platform_dependent(
-        *saved, g_BHWC, cpu=_gradients_by_images, default=_gradients
-    )
+    return jax.lax.platform_dependent(*saved, g_BHWC, cpu=_gradients_by_images, default=_gradients)
 
 
 depthwise_conv.defvjp(_forward, _backward)
