@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def named(module: nnx.Module) -> dict[str, jax.Array]:
     return {'/'.join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def fill(module: nnx.Module, arrays: Mapping[str, np.ndarray]):
+def fill(module: nnx.Module, arrays: Mapping[str, np.ndarray]) -> Any:
     """The module with these values: all of its parameters, no others, of its shapes."""
     graphdef, state = nnx.split(module)
     flat = {'/'.join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}
@@ -160,7 +161,7 @@ def fill(module: nnx.Module, arrays: Mapping[str, np.ndarray]):
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def randomised(make: Callable, *, seed: int = 0, zero: tuple[str, ...] = PROJECTIONS):
+def randomised(make: Callable, *, seed: int = 0, zero: tuple[str, ...] = PROJECTIONS) -> Any:
     """A module with every parameter random, but those whose path contains one of `zero`.
 
     A parameter's values depend on its path and shape alone.
@@ -178,14 +179,14 @@ def randomised(make: Callable, *, seed: int = 0, zero: tuple[str, ...] = PROJECT
     return fill(module, {name: draw(name, a.shape) for name, a in named(module).items()})
 
 
-def replaced(module, changes: Mapping[str, np.ndarray]):
+def replaced(module, changes: Mapping[str, np.ndarray]) -> Any:
     """The module with some parameters exchanged."""
     old = {name: np.asarray(value) for name, value in named(module).items()}
     assert changes.keys() <= old.keys()
     return fill(module, {**old, **changes})
 
 
-def perturbed(module, pattern: str, seed: int = 1):
+def perturbed(module, pattern: str, seed: int = 1) -> Any:
     """The module with noise on the parameters whose path contains `pattern`."""
     rng = np.random.default_rng(seed)
     found = {name: np.asarray(a) for name, a in named(module).items() if pattern in name}

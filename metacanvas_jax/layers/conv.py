@@ -15,8 +15,9 @@ def depthwise_conv(x_BHWC: jax.Array, kernel_33C: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x_BHWC, kernel_33C, cpu=_by_images, default=_correlate)
 
 
-def _correlate(x_BHWC, kernel_33C):
-    return sum(x * kernel_33C[n // 3, n % 3] for n, x in enumerate(_shifts(x_BHWC)))
+def _correlate(x_BHWC, kernel_33C) -> jax.Array:
+    first, *rest = (x * kernel_33C[n // 3, n % 3] for n, x in enumerate(_shifts(x_BHWC)))
+    return sum(rest, start=first)
 
 
 def _shifts(x_BHWC):
