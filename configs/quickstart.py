@@ -5,7 +5,7 @@
 The paper's Section 5.1 in small: a SANA-shaped DiT from scratch in pixel space (space to depth, no
 autoencoder), the frozen tiny Qwen2.5-VL that ships with the package, canvas and context connectors.
 Ends with score.json: GenEval's six categories on prompts of the train split and of held-out
-shape-colour pairs.
+shape-colour pairs. About eight minutes; 0.01 and 0.00 so far, colours only.
 
 Variants: `sana` (default), `no_canvas` (the same without canvas tokens).
 """
