@@ -82,6 +82,6 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.sample = dict(every=650, count=12, steps=20, guidance=3.0, shift=3.0)
     config.evaluate = dict(kind='shapes', per_category=32, batch_size=48)
     config.canvas.update(VARIANTS[variant])
-    if config.canvas.fuse == 'none':  # then there is no canvas to train
+    if variant == 'no_canvas':  # then there is no canvas to train
         config.trainable = ('context/.*', 'backbone/.*')
     return config
