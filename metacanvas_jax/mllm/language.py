@@ -1,8 +1,9 @@
-"""Qwen2.5-VL's language model, run in two passes (Sec. 3.2; spec.md section 2.7).
+"""Qwen2.5-VL's language model, run in passes (Sec. 3.2; spec.md section 2.7).
 
-The prefix pass reads the prompt with the base weights and returns its states and K/V; the canvas
-pass runs the canvas tokens over that K/V with the LoRA on. Both are exact parts of one causal
-forward, so the prefix cannot depend on the canvas, nor on the LoRA.
+The prefix pass reads the prompt with the base weights and returns its states and K/V; the decode
+pass goes on from there, token by token (mllm/generate.py); the canvas pass runs the canvas tokens
+over that K/V with the LoRA on. All are exact parts of one causal forward, so the prefix cannot
+depend on the canvas, nor on the LoRA.
 """
 
 import functools
@@ -45,6 +46,11 @@ class Attention(nnx.Module):
         out = attend(q, k, v, length_B=length_B, causal=True)
         return self.o_proj(merge_heads(out)), (k, v)
 
+    def decode(self, x, angles, kv, mask):
+        q, *new = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), angles)
+        k, v = (jnp.concatenate(pair, 1) for pair in zip(kv, new, strict=True))
+        return self.o_proj(merge_heads(attend(q, k, v, mask_BSL=mask))), tuple(new)
+
     def canvas(self, x, angles, kv, mask, keys):
         q, k, v = (
             linear.adapted(x, key)
@@ -69,6 +75,12 @@ class Layer(nnx.Module):
         out, kv = self.self_attn.prefix(self.input_layernorm(x), angles, length_B)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+    def decode(self, x, angles, kv, mask):
+        """Base weights, over the K/V of earlier tokens; returns the new states and K/V."""
+        out, new = self.self_attn.decode(self.input_layernorm(x), angles, kv, mask)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), new
 
     def canvas(self, x, angles, kv, mask, key):
         """LoRA on, over the prefix K/V of this layer; `key` turns its dropout on."""
@@ -110,6 +122,21 @@ class LanguageModel(nnx.Module):
             remat=self.remat,
         )
         return self.norm(x), kv
+
+    def decode(self, x_BLD, positions_B3L, kv, mask_BLS):
+        """Final states (B, L, D) and new K/V (depth, B, L, G, E) of tokens that follow a prefix.
+
+        mask_BLS says which of the S earlier tokens and of these L each one sees.
+        """
+        angles = mrope_angles(positions_B3L, self.config)
+        x, new = scan(
+            self.layers,
+            x_BLD,
+            lambda layer, x, kv: layer.decode(x, angles, kv, mask_BLS),
+            kv,
+            remat=self.remat,
+        )
+        return self.norm(x), new
 
     def canvas(self, x_BMD, positions_B3M, kv, length_B, mask_MM, key=None):
         """Final states (B, M, D) of tokens appended after the prompt's last token.
