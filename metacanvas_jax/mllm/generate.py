@@ -83,11 +83,9 @@ def generate(
         )
         return n + 1, cache, states_B1D[:, 0], ids_BN, done_B
 
-    ids_BN = jnp.full((B, max_new_tokens), pad, jnp.int32)
-    done_B = jnp.zeros(B, bool)
-    n, _, _, ids_BN, done_B = jax.lax.while_loop(
-        unfinished, step, (jnp.int32(0), cache, last_BD, ids_BN, done_B)
-    )
+    ids_BN, done_B = jnp.full((B, max_new_tokens), pad, jnp.int32), jnp.zeros(B, bool)
+    carry = (jnp.int32(0), cache, last_BD, ids_BN, done_B)
+    _, _, _, ids_BN, done_B = jax.lax.while_loop(unfinished, step, carry)
     ended_BN = jnp.isin(ids_BN, jnp.array(stop, jnp.int32))
     length_B = jnp.where(ended_BN.any(-1), jnp.argmax(ended_BN, -1) + 1, max_new_tokens)
     return ids_BN, length_B

@@ -35,7 +35,7 @@ def _run(prompt, *, stop=(), choose=greedy, new=NEW, seed=0, tied=True):
     return np.asarray(ids), np.asarray(length)
 
 
-def _prompt(rows=range(len(LENGTHS))):
+def _prompt(rows=(0, 1, 2, 3)):
     rng = np.random.default_rng(5)
     chats = [rng.integers(0, 58, length).tolist() for length in LENGTHS]
     return tiny.make_prompts([chats[row] for row in rows], QWEN, pad=tiny.PAD, buckets=(12, 16))
