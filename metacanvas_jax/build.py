@@ -1,5 +1,6 @@
 """ConfigDict -> frozen dataclasses -> modules. Here configs end: no module ever sees one."""
 
+import dataclasses
 import pathlib
 import zlib
 from collections.abc import Mapping
@@ -56,8 +57,12 @@ def weights_folder(name: str) -> pathlib.Path:
 def mllm_config(config: ConfigDict) -> QwenConfig:
     """The preset; the config.json of weights, where there are some, must agree with it."""
     preset = choose(PRESETS, config.mllm.size, 'config.mllm.size')
-    folder = config.weights.mllm
-    if folder is not None and (found := read_config(weights_folder(folder))) != preset:
+    if (folder := config.weights.mllm) is None:
+        return preset
+    found = read_config(weights_folder(folder))
+    if found.vision is None:  # weights for text alone serve those who show no pictures
+        preset = dataclasses.replace(preset, vision=None)
+    if found != preset:
         ours, theirs = (dict(sorted(c.to_json().items())) for c in (preset, found))
         differing = [f'{k}: {theirs[k]} there, {v} here' for k, v in ours.items() if theirs[k] != v]
         raise InputError(f'{folder} is not of size {config.mllm.size!r}: {"; ".join(differing)}')

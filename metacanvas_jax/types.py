@@ -6,6 +6,8 @@
     K  canvas keyframes            h  rows of the token grid            E  width of one head
     S  tokens of a DiT             w  columns of the token grid         G  key/value heads
     3  the MRoPE axes t, h, w      F  pixel frames                      R  rank of a LoRA
+    I  pictures in a prompt        V  windows of a picture              P  patches of a window
+    J  vision tokens of a prompt   X  values of a patch
 
 A name ends in the letters of its axes: `z_BTHWC` are latents, `t_BT` one time per latent frame.
 Times run from 0 (clean) to 1 (noise) everywhere.
@@ -23,6 +25,19 @@ class InputError(ValueError):
 
 
 @struct.dataclass
+class Vision:
+    """The pictures of a prompt, cut into windows of patches by `mllm/windows.py`.
+
+    A video is one picture per temporal patch. All axes are padded to a bucket.
+    """
+
+    patches_BIVPX: Array
+    place_BIVP2: Array  # row and column of each patch in its picture
+    length_BIV: Array  # patches in each window; the slots after them are padding
+    token_BL: Array  # the vision token at each prompt position, -1 where there is text
+
+
+@struct.dataclass
 class Prompt:
     """What the MLLM reads, right-padded; made on the host by `data/prompts.py`."""
 
@@ -30,6 +45,7 @@ class Prompt:
     positions_B3L: Array
     length_B: Array  # true prompt lengths
     start_B: Array  # first free position: 1 + the largest id of any axis (spec: s)
+    vision: Vision | None = None  # None: text alone, another program
 
 
 @struct.dataclass

@@ -25,11 +25,11 @@ class Mlp(nnx.Module):
 
 
 class SwiGlu(nnx.Module):
-    """down(silu(gate x) * up x), as in Llama and Qwen."""
+    """down(silu(gate x) * up x), as in Llama and Qwen (whose vision tower has biases)."""
 
-    def __init__(self, width, hidden, *, lora: LoraConfig | None, init, rngs):
+    def __init__(self, width, hidden, *, lora: LoraConfig | None, bias=False, init, rngs):
         def linear(d_in, d_out, axes):
-            return Linear(d_in, d_out, axes, bias=False, lora=lora, init=init, rngs=rngs)
+            return Linear(d_in, d_out, axes, bias=bias, lora=lora, init=init, rngs=rngs)
 
         self.gate_proj = linear(width, hidden, ('embed', 'mlp'))
         self.up_proj = linear(width, hidden, ('embed', 'mlp'))

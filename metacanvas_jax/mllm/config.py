@@ -8,6 +8,31 @@ from metacanvas_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower's sizes, under the names of the published config.json."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    out_hidden_size: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    window_size: int  # pixels
+    fullatt_block_indexes: tuple[int, ...]  # blocks that see a whole picture, not a window
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one flattened patch, in the order channel, frame, row, column."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
 class QwenConfig:
     """The language model's sizes, under the names of the published config.json."""
 
@@ -25,6 +50,7 @@ class QwenConfig:
     video_token_id: int
     spatial_merge_size: int
     tokens_per_second: float
+    vision: VisionConfig | None = None  # None: weights for text alone
 
     @property
     def head_dim(self) -> int:
@@ -35,6 +61,9 @@ class QwenConfig:
         values = dataclasses.asdict(self)
         section = values.pop('mrope_section')
         vision = {key: values.pop(key) for key in ('spatial_merge_size', 'tokens_per_second')}
+        if (sizes := values.pop('vision')) is not None:
+            sizes['fullatt_block_indexes'] = list(sizes['fullatt_block_indexes'])
+            vision |= sizes | {'hidden_act': 'silu'}
         scaling = {'type': 'mrope', 'mrope_section': list(section)}
         return {
             'model_type': 'qwen2_5_vl',
@@ -61,17 +90,43 @@ def read_config(directory: str | pathlib.Path) -> QwenConfig:
             mrope_section=tuple(rope['mrope_section']),
             spatial_merge_size=vision['spatial_merge_size'],
             tokens_per_second=vision['tokens_per_second'],
+            vision=_vision(vision) if 'depth' in vision else None,
             **{
                 field.name: text[field.name]
                 for field in dataclasses.fields(QwenConfig)
-                if field.name
-                not in ('rope_theta', 'mrope_section', 'spatial_merge_size', 'tokens_per_second')
+                if field.name not in _ELSEWHERE
             },
         )
     except (KeyError, ValueError) as error:
         raise InputError(f'{path} is not the config of a Qwen2.5-VL model: {error!r}') from error
 
 
+_ELSEWHERE = ('rope_theta', 'mrope_section', 'spatial_merge_size', 'tokens_per_second', 'vision')
+
+
+def _vision(values: dict) -> VisionConfig:
+    if (activation := values.get('hidden_act', 'silu')) != 'silu':
+        raise ValueError(f'vision_config.hidden_act is {activation!r}, not silu')
+    # The published files say in_chans, transformers says in_channels.
+    values = {'in_channels': values.get('in_chans', 3), **values}
+    values['fullatt_block_indexes'] = tuple(values['fullatt_block_indexes'])
+    return VisionConfig(
+        **{field.name: values[field.name] for field in dataclasses.fields(VisionConfig)}
+    )
+
+
+_VISION = VisionConfig(
+    depth=32,
+    hidden_size=1280,
+    num_heads=16,
+    intermediate_size=3420,
+    out_hidden_size=2048,
+    in_channels=3,
+    patch_size=14,
+    temporal_patch_size=2,
+    window_size=112,
+    fullatt_block_indexes=(7, 15, 23, 31),
+)
 _QWEN = QwenConfig(
     vocab_size=151936,
     hidden_size=2048,
@@ -87,6 +142,7 @@ _QWEN = QwenConfig(
     video_token_id=151656,
     spatial_merge_size=2,
     tokens_per_second=2,
+    vision=_VISION,
 )
 
 # For tracing full-size configs without weights; with weights their config.json must agree.
@@ -101,8 +157,10 @@ PRESETS = {
         num_attention_heads=28,
         num_key_value_heads=4,
         tie_word_embeddings=False,
+        vision=dataclasses.replace(_VISION, out_hidden_size=3584),
     ),
-    # The quickstart's: the same architecture with a vocabulary of the shapes world.
+    # The quickstart's: the same architecture with a vocabulary of the shapes world, whose pictures
+    # it sees at 64 x 64 pixels: 16 tokens, four windows.
     'tiny': dataclasses.replace(
         _QWEN,
         vocab_size=526,
@@ -114,5 +172,17 @@ PRESETS = {
         mrope_section=(4, 6, 6),
         image_token_id=524,
         video_token_id=525,
+        vision=VisionConfig(
+            depth=4,
+            hidden_size=96,
+            num_heads=4,
+            intermediate_size=192,
+            out_hidden_size=192,
+            in_channels=3,
+            patch_size=8,
+            temporal_patch_size=2,
+            window_size=32,
+            fullatt_block_indexes=(1, 3),
+        ),
     ),
 }
