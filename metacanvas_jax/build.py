@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -21,6 +20,7 @@ from metacanvas_jax.layers.linear import LoraConfig
 from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.mllm.config import PRESETS, QwenConfig, read_config
 from metacanvas_jax.mllm.qwen import Qwen
+from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.types import InputError
 from metacanvas_jax.vae.pixel import PixelVae
 
@@ -55,7 +55,14 @@ def weights_folder(name: str) -> pathlib.Path:
 
 
 def mllm_config(config: ConfigDict) -> QwenConfig:
-    """The preset; the config.json of weights, where there are some, must agree with it."""
+    """The preset; the config.json of weights, where there are some, must agree with it.
+
+    Without a size the weights alone decide.
+    """
+    if config.mllm.size is None:
+        if config.weights.mllm is None:
+            raise InputError('config.weights.mllm is missing; give the folder of converted weights')
+        return read_config(weights_folder(config.weights.mllm))
     preset = choose(PRESETS, config.mllm.size, 'config.mllm.size')
     if (folder := config.weights.mllm) is None:
         return preset
@@ -75,6 +82,11 @@ def build_encoder(config: ConfigDict) -> Encoder:
         tokenizer=ChatTokenizer(folder),
         mllm=mllm_config(config),
         buckets=tuple(config.prompt.buckets),
+        vision_buckets=VisionBuckets(
+            pictures=tuple(config.prompt.pictures), windows=tuple(config.prompt.windows)
+        ),
+        min_pixels=config.prompt.min_pixels,
+        max_pixels=config.prompt.max_pixels,
         text_dropout=config.data.text_dropout,
     )
 
@@ -154,42 +166,3 @@ def check_size(config: ConfigDict, height: int, width: int) -> None:
         if size <= 0 or size % multiple:
             nearest = max(1, round(size / multiple)) * multiple
             raise InputError(f'{name} {size} is not a multiple of {multiple} (nearest: {nearest})')
-
-
-def match_weights(
-    state: nnx.State, shapes: Mapping[str, tuple[int, ...]], prefix: str, source: str
-) -> dict[str, tuple]:
-    """{name in the weights: path in `state`}; they must hold all parameters below `prefix`.
-
-    LoRA parameters are in no weights. The state may be abstract.
-    """
-    flat = dict(nnx.to_flat_state(state))
-    paths = {'/'.join(map(str, path)): path for path in flat}
-    inside = {
-        name.removeprefix(prefix): path
-        for name, path in paths.items()
-        if name.startswith(prefix) and '/lora/' not in name
-    }
-    wrong = [
-        f'{name} is {shapes[name]} there, {flat[path].shape} here'
-        for name, path in inside.items()
-        if name in shapes and shapes[name] != flat[path].shape
-    ]
-    wrong += [f'{name} is missing there' for name in inside if name not in shapes]
-    wrong += [f'{name} is unknown here' for name in shapes if name not in inside]
-    if wrong:
-        raise InputError(f'{source} does not fit this config: {"; ".join(wrong[:5])}')
-    return inside
-
-
-def place_weights(
-    state: nnx.State, arrays: Mapping[str, np.ndarray], prefix: str, source: str
-) -> nnx.State:
-    """`state` with the parameters below `prefix` replaced by `arrays`."""
-    flat = dict(nnx.to_flat_state(state))
-    shapes = {name: array.shape for name, array in arrays.items()}
-    for name, path in match_weights(state, shapes, prefix, source).items():
-        old = flat[path]
-        value = jax.device_put(arrays[name].astype(old[...].dtype), old[...].sharding)
-        flat[path] = old.replace(value)
-    return nnx.from_flat_state(flat)

@@ -1,4 +1,4 @@
-"""Orbax behind one door, and weights as safetensors.
+"""What a run writes: its state, by Orbax behind one door, and its weights as safetensors.
 
 Orbax survives a kill at any moment, but restores flipped bits without a word and believes any
 folder that is named with a number. So a digest of every array is kept beside the state, and
@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (safetensors.numpy reads bfloat16 only when this is imported first)
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
@@ -302,50 +301,3 @@ def save_weights(
             return
         for file in ('model.safetensors', 'config.json'):
             os.replace(temporary / file, directory / file)
-
-
-def load_weights(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of model.safetensors in `directory`."""
-    path = _weights_file(directory)
-    _read_header(path)
-    return safetensors.numpy.load_file(path)
-
-
-def weight_shapes(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the arrays of model.safetensors in `directory`; reads no array."""
-    header = _read_header(_weights_file(directory))
-    return {name: tuple(entry['shape']) for name, entry in header.items() if name[:2] != '__'}
-
-
-def _weights_file(directory: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(directory).absolute() / 'model.safetensors'
-    if not path.is_file():
-        raise InputError(f'no weights: {path} does not exist')
-    return path
-
-
-def _read_header(path: pathlib.Path) -> dict[str, Any]:
-    """The header of a safetensors file that is whole."""
-    size = path.stat().st_size
-    with path.open('rb') as file:
-        head = file.read(8)
-        if head == b'version ':
-            raise InputError(
-                f'{path} is a git-lfs pointer of {size} bytes, not the weights; '
-                'run `git lfs pull`, or download it with `hf download`'
-            )
-        length = int.from_bytes(head, 'little')
-        if len(head) < 8 or 8 + length > size:
-            raise InputError(
-                f'{path} is no whole safetensors file: it has {size} bytes, its header alone '
-                f'wants {8 + length}; download it again'
-            )
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry['data_offsets'][1] for key, entry in header.items() if key[:2] != '__']
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f'{path} is no safetensors file: its header is not JSON') from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise InputError(f'{path} has {size} bytes, its header says {expected}; download it again')
-    return header

@@ -1,9 +1,12 @@
-"""The Python API: pipe = load(workdir); pipe('a red circle').images[0].save('out.png')."""
+"""The Python API: pipe = load(workdir); pipe('a red circle').images[0].save('out.png').
+
+A system of an MLLM alone loads as a `Describer`; a `Pipeline` has one of its own.
+"""
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +24,12 @@ from metacanvas_jax.build import (
     build_encoder,
     build_model,
     check_size,
-    match_weights,
-    place_weights,
+    choose,
     weights_folder,
 )
-from metacanvas_jax.checkpoint import RunCheckpoints, load_weights, weight_shapes
+from metacanvas_jax.checkpoint import RunCheckpoints
 from metacanvas_jax.data.tasks import TASKS
+from metacanvas_jax.describe import Describer
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.path import frame_times
 from metacanvas_jax.flow.solver import euler
@@ -37,6 +40,7 @@ from metacanvas_jax.train.state import abstract, split_model
 from metacanvas_jax.train.trainable import trainable_filter
 from metacanvas_jax.train.workdir import read_config
 from metacanvas_jax.types import InputError, Visual
+from metacanvas_jax.weights import match_weights, place_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ def check_model(config: ConfigDict) -> nnx.filterlib.Filter:
     """Which parameters learn; refuses patterns and weights that do not fit, in no time."""
     model = jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))
     for prefix, folder in _weights(config):
-        match_weights(nnx.state(model), weight_shapes(folder), prefix, str(folder))
+        match_weights(nnx.state(model), folder, prefix)
     return trainable_filter(config.trainable, model)
 
 
@@ -70,21 +74,33 @@ def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.St
     )
     whole = nnx.merge_state(*parts)
     for prefix, folder in _weights(config):
-        whole = place_weights(whole, load_weights(folder), prefix, str(folder))
+        whole = place_weights(whole, folder, prefix)
     trainable, frozen = nnx.split_state(whole, wanted, ...)
     return graphdef, trainable, frozen
 
 
-def load(path: str | pathlib.Path) -> 'Pipeline':
-    """From a train workdir or one of its steps; the averaged weights, where the run kept them."""
-    path = pathlib.Path(path).absolute()
-    config = read_config(path)
-    if config.objective != 'flow':
-        raise InputError(f'{path} is a run of objective {config.objective!r}: it makes no pictures')
-    is_step = path.parent.name == 'checkpoints'
+def load(
+    source: str | pathlib.Path | ConfigDict, weights: Mapping[str, str] | None = None
+) -> 'Pipeline | Describer':
+    """A train workdir or one of its steps; or a config, and the folders of its weights by name."""
     mesh = make_mesh()
-    graphdef, trainable, frozen = starting_model(config, mesh)
-    average = config.optimizer.ema > 0
+    if isinstance(source, ConfigDict):
+        config = ConfigDict(source)
+        with config.unlocked():
+            config.weights.update(weights or {})
+        graphdef, trainable, frozen = starting_model(config, mesh)
+    else:
+        path = pathlib.Path(source).absolute()
+        config = read_config(path)
+        graphdef, trainable, frozen = starting_model(config, mesh)
+        trainable = _trained(path, trainable, average=config.optimizer.ema > 0)
+    make = choose(PIPELINES, config.objective, 'config.objective')
+    return make(config, graphdef, nnx.merge_state(trainable, frozen), mesh)
+
+
+def _trained(path: pathlib.Path, trainable: nnx.State, *, average: bool) -> nnx.State:
+    """What a run learned; the averaged weights, where it kept them."""
+    is_step = path.parent.name == 'checkpoints'
     shapes = abstract(trainable)
     wanted = {'ema': shapes} if average else {'trainable': shapes}
     folder = path.parent if is_step else path / 'checkpoints'
@@ -93,7 +109,7 @@ def load(path: str | pathlib.Path) -> 'Pipeline':
     if found is None:
         raise InputError(f'no usable checkpoint in {folder}')
     (trained,) = found[1].values()
-    return Pipeline(config, graphdef, nnx.merge_state(trained, frozen), mesh)
+    return trained
 
 
 class Pipeline:
@@ -112,6 +128,12 @@ class Pipeline:
         other = object.__new__(Pipeline)
         other.__dict__ = {**self.__dict__, '_state': state}
         return other
+
+    @functools.cached_property
+    def describer(self) -> Describer:
+        """The MLLM of this pipeline, to be asked about pictures."""
+        mllm = self._model(self._state).mllm
+        return Describer(self._encoder, *nnx.split(mllm), self._mesh)
 
     # ------------------------------------------------------------ for users
 
@@ -281,3 +303,11 @@ class Pipeline:
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return jax.tree.map(put, tree)
+
+
+def _describer(config: ConfigDict, graphdef, state: nnx.State, mesh: Mesh) -> Describer:
+    return Describer(build_encoder(config), graphdef, state, mesh)
+
+
+# config.objective -> what its model is used through
+PIPELINES = {'flow': Pipeline, 'next_token': _describer}

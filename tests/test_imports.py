@@ -16,8 +16,8 @@ ROWS = [
     {'canvas'},
     {'metacanvas'},
     {'data'},
-    {'build'},
-    {'train', 'checkpoint', 'evaluate', 'command'},
+    {'build', 'weights'},
+    {'train', 'checkpoint', 'evaluate', 'command', 'describe'},
     {'pipeline', 'dry_run'},
 ]
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}

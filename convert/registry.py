@@ -1,0 +1,67 @@
+"""The families that can be converted, and how to tell which one a checkpoint is."""
+
+from collections.abc import Collection
+
+from convert import qwen2_5_vl
+from convert.family import Family, Layout
+from metacanvas_jax.types import InputError
+
+FAMILIES: dict[str, Family] = {
+    'qwen2_5_vl': qwen2_5_vl.FAMILY,
+}
+
+# Tensors that name a family without a table, for the message that says what a checkpoint is. The
+# first row that fits counts; a family that gets a table leaves this list.
+STRANGERS = {
+    'qwen2_vl': ('visual.blocks.0.mlp.fc1.weight', 'model.layers.0.self_attn.q_proj.bias'),
+    'sana': ('transformer_blocks.0.ff.conv_inverted.weight',),
+    'dc_ae': ('encoder.down_blocks.0.0.conv1.weight',),
+    'gemma2': ('layers.0.pre_feedforward_layernorm.weight',),
+    'gemma2 (model.*)': ('model.layers.0.pre_feedforward_layernorm.weight',),
+    'flux (diffusers)': ('transformer_blocks.0.attn.add_q_proj.weight',),
+    'flux (native)': ('double_blocks.0.img_attn.qkv.weight',),
+    'wan_vae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.gamma',),
+    'wan_vae (native)': ('decoder.middle.1.to_qkv.weight',),
+    'flux_ae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.weight',),
+    'flux_ae (native)': ('encoder.down.0.block.0.norm1.weight',),
+    'clip': ('text_model.embeddings.token_embedding.weight',),
+    'clip (in memory)': ('embeddings.position_embedding.weight', 'final_layer_norm.weight'),
+    'umt5': ('encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight',),
+    'umt5 (native)': ('blocks.0.pos_embedding.embedding.weight',),
+    't5': ('encoder.block.0.layer.0.SelfAttention.q.weight',),
+    'wan (diffusers)': ('blocks.0.attn2.norm_k.weight', 'scale_shift_table'),
+    'wan (native)': ('blocks.0.cross_attn.norm_k.weight',),
+    'uniworld_connector': ('denoise_tower.denoise_projector.0.weight',),
+    'language model of the Llama or Qwen kind': ('model.layers.0.self_attn.q_proj.weight',),
+}
+
+
+def find(component: str) -> Family:
+    if component not in FAMILIES:
+        raise InputError(f'component {component!r} is unknown; there are: {", ".join(FAMILIES)}')
+    return FAMILIES[component]
+
+
+def find_layout(component: str, names: Collection[str], where: str) -> Layout:
+    """The layout in which `names` are published; refuses those of another family by its name."""
+    family = find(component)
+    for layout in family.layouts.values():
+        if all(sign in names for sign in layout.signs):
+            return layout
+    if (looks := looks_like(names)) is not None:
+        raise InputError(f'{where} is no {component}: its names are those of {looks}')
+    have = ', '.join(list(names)[:3]) or 'none'
+    want = ' or '.join(layout.signs[0] for layout in family.layouts.values())
+    raise InputError(
+        f'{where} is no {component} and nothing else known: it lacks {want}; '
+        f'{len(names)} tensors, such as {have}'
+    )
+
+
+def looks_like(names: Collection[str]) -> str | None:
+    """The family, and where it has several the layout, that the names of a checkpoint tell."""
+    for component, family in FAMILIES.items():
+        for title, layout in family.layouts.items():
+            if all(sign in names for sign in layout.signs):
+                return f'{component} ({title})'
+    return next((name for name, signs in STRANGERS.items() if all(s in names for s in signs)), None)
