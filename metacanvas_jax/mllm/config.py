@@ -56,6 +56,13 @@ class QwenConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def tower(self) -> VisionConfig:
+        """The vision tower's sizes, asked for when there is something to see."""
+        if self.vision is None:
+            raise InputError('the weights of this MLLM are for text alone: it sees no pictures')
+        return self.vision
+
     def to_json(self) -> dict:
         """The published flat layout, which transformers reads too."""
         values = dataclasses.asdict(self)

@@ -8,7 +8,7 @@ from metacanvas_jax.layers.linear import LoraConfig
 from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.language import LanguageModel
 from metacanvas_jax.mllm.vision import VisionTower
-from metacanvas_jax.types import InputError, Prompt
+from metacanvas_jax.types import Prompt
 
 
 class Qwen(nnx.Module):
@@ -27,8 +27,7 @@ class Qwen(nnx.Module):
         x_BLD = self.language.embed(prompt.ids_BL)
         if prompt.vision is None:
             return x_BLD
-        if self.vision is None:
-            raise InputError('the prompt holds pictures, but the weights of the MLLM are for text')
+        assert self.vision, 'a prompt with pictures for an MLLM without a vision tower'
         token_BL1 = jnp.asarray(prompt.vision.token_BL)[..., None]
         tokens_BJD = self.vision(prompt.vision)
         seen_BLD = jnp.take_along_axis(tokens_BJD, jnp.maximum(token_BL1, 0), 1)

@@ -27,9 +27,8 @@ class VisionBuckets:
 
 def picture_windows(rows: int, columns: int, config: QwenConfig) -> np.ndarray:
     """(V, P) index of the patch in each slot of a picture of so many patches; -1 in empty slots."""
-    assert config.vision
     merge = config.spatial_merge_size
-    side = config.vision.window_size // merge // config.vision.patch_size
+    side = config.tower.window_size // merge // config.tower.patch_size
     h, w = rows // merge, columns // merge
     squares = np.full((-(-h // side) * side, -(-w // side) * side), -1)
     squares[:h, :w] = np.arange(h * w).reshape(h, w)
@@ -53,7 +52,6 @@ def pack(
     buckets: VisionBuckets,
 ) -> Vision:
     """(patches, grid) of the pictures and videos in each prompt, in the order of their tokens."""
-    assert config.vision
     merge = config.spatial_merge_size
     layouts = {
         grid[1:]: picture_windows(*grid[1:], config) for media in samples for _, grid in media
@@ -71,8 +69,8 @@ def pack(
         f'a picture of {largest} patches has {{}} windows, the largest bucket holds {{}}; '
         'lower config.prompt.max_pixels or raise config.prompt.windows',
     )
-    B, side = len(samples), config.vision.window_size // merge // config.vision.patch_size
-    P, X = (side * merge) ** 2, config.vision.patch_values
+    B, side = len(samples), config.tower.window_size // merge // config.tower.patch_size
+    P, X = (side * merge) ** 2, config.tower.patch_values
     patches_BIVPX = np.zeros((B, I, V, P, X), np.float32)
     place_BIVP2 = np.zeros((B, I, V, P, 2), np.int32)
     length_BIV = np.zeros((B, I, V), np.int32)

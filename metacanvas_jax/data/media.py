@@ -1,0 +1,200 @@
+"""Pictures and videos as files, as pixels, and as the flattened patches that the MLLM takes.
+
+The patches, grids and pixel values are those of transformers' Qwen2VLImageProcessorPil, of which
+a video's frames are the pictures: one size for all of them, two to a temporal patch, the last one
+repeated where they are odd.
+"""
+
+import dataclasses
+import math
+import pathlib
+import warnings
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from einops import rearrange
+from PIL import Image, ImageOps
+
+from metacanvas_jax.mllm.config import QwenConfig
+from metacanvas_jax.mllm.positions import Grid
+from metacanvas_jax.types import InputError
+
+# CLIP's, as every preprocessor_config.json of Qwen2.5-VL has them.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+PIXELS = 64_000_000  # more than that is an accident or an attack
+ASPECT = 200  # Qwen's own limit
+
+# Ours is lower, and an error.
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """A picture, or a video if it has a time between two temporal patches, in patches (n, X)."""
+
+    patches: np.ndarray
+    grid: Grid
+    tokens: int  # vision tokens: patches after merging
+    seconds_per_grid: float | None
+
+
+# ------------------------------------------------------------ files
+
+
+def read_image(path: str | pathlib.Path) -> np.ndarray:
+    """(H, W, 3) uint8, upright, transparent parts on white."""
+    _check_start(path)
+    try:
+        with Image.open(path) as image:
+            _check_size(path, image.width, image.height)
+            return _rgb(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f'{path} is no picture that Pillow knows') from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f'cannot read {path}: {error}') from error
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith('I'):  # 16 bits, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return np.asarray(image.convert('RGB'))
+
+
+def read_video(path: str | pathlib.Path, frames: int) -> tuple[np.ndarray, float]:
+    """So many frames, evenly spread (all of a shorter video): (F, H, W, 3) uint8 and their rate."""
+    _check_start(path)
+    found, read, total = [], 0, 0
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise InputError(f'{path} holds no video')
+            stream = container.streams.video[0]
+            _check_size(path, stream.width, stream.height)
+            total, rate = stream.frames or _count(path), stream.average_rate
+            if not total or not rate:
+                raise InputError(f'{path} has no frames, or no frame rate; is it cut off?')
+            wanted = set(spread(total, frames).tolist())
+            stream.thread_type = 'AUTO'
+            for frame in container.decode(stream):
+                if read in wanted:
+                    found.append(_upright(frame))
+                read += 1
+    except FFmpegError as error:
+        if total:
+            raise InputError(f'{path} is cut off: {read} of its {total} frames read') from error
+        raise InputError(f'{path} is no video, or cut off: {error.strerror}') from error
+    if len(found) < len(wanted):
+        raise InputError(f'{path} is cut off: {read} of its {total} frames read')
+    return np.stack(found), float(rate) * len(wanted) / total
+
+
+def _count(path: str | pathlib.Path) -> int:
+    """For containers that do not say, such as Matroska."""
+    with av.open(path) as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    return np.rot90(frame.to_ndarray(format='rgb24'), round(frame.rotation / 90))
+
+
+def spread(total: int, frames: int) -> np.ndarray:
+    """Indices of `frames` frames out of `total`, as transformers samples them."""
+    frames = min(frames, total)
+    return np.arange(frames) * total // frames
+
+
+def _check_size(path: str | pathlib.Path, width: int, height: int) -> None:
+    """Before anything is decoded."""
+    if width * height > PIXELS:
+        raise InputError(
+            f'{path} has {width} x {height} pixels, more than {PIXELS // 10**6} million; shrink it'
+        )
+
+
+def _check_start(path: str | pathlib.Path) -> None:
+    """What often comes in place of a picture or a video."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(64)
+    except OSError as error:
+        raise InputError(f'cannot read {path}: {error.strerror}') from error
+    if not start:
+        raise InputError(f'{path} is empty')
+    if start.lstrip().lower().startswith((b'<!doctype html', b'<html')):
+        raise InputError(f'{path} is no picture or video: it looks like HTML')
+    if start.startswith(b'version https://git-lfs'):
+        raise InputError(f'{path} is a git-lfs pointer; fetch the file itself with git lfs pull')
+
+
+# ------------------------------------------------------------ patches
+
+
+def see_image(
+    pixels_HWC: np.ndarray, config: QwenConfig, *, min_pixels: int, max_pixels: int
+) -> Media:
+    """A picture, its shape kept, scaled to between so many pixels."""
+    return _media(pixels_HWC[None], config, None, min_pixels, max_pixels)
+
+
+def see_video(
+    frames_FHWC: np.ndarray, config: QwenConfig, *, fps: float, min_pixels: int, max_pixels: int
+) -> Media:
+    """Frames with `fps` of them in a second, each scaled to between so many pixels."""
+    seconds = config.tower.temporal_patch_size / fps
+    return _media(frames_FHWC, config, seconds, min_pixels, max_pixels)
+
+
+def smart_resize(
+    height: int, width: int, factor: int, *, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size with multiples of `factor` and a number of pixels in the range, shape kept."""
+    if max(height, width) > ASPECT * min(height, width):
+        raise InputError(f'a picture of {width} x {height} pixels is longer than {ASPECT} to 1')
+    h, w = (round(side / factor) * factor for side in (height, width))
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * scale / factor) * factor for side in (height, width))
+    return h, w
+
+
+def _media(frames_FHWC, config: QwenConfig, seconds, min_pixels: int, max_pixels: int) -> Media:
+    """(t h w, X): squares of merge x merge patches in raster order; values channel, frame, y, x."""
+    patch, merge = config.tower.patch_size, config.spatial_merge_size
+    time = config.tower.temporal_patch_size
+    _, height, width, _ = frames_FHWC.shape
+    h, w = smart_resize(height, width, patch * merge, min_pixels=min_pixels, max_pixels=max_pixels)
+    x_FHWC = np.stack([_resize(frame, h, w) for frame in frames_FHWC])
+    x_FHWC = np.concatenate([x_FHWC, np.repeat(x_FHWC[-1:], -len(x_FHWC) % time, 0)])
+    x_FHWC = (x_FHWC / np.float32(255) - MEAN) / STD
+    patches = rearrange(
+        x_FHWC,
+        '(t f) (h a p) (w b q) C -> (t h w a b) (C f p q)',
+        f=time,
+        a=merge,
+        b=merge,
+        p=patch,
+        q=patch,
+    )
+    return Media(
+        patches=patches,
+        grid=(len(x_FHWC) // time, h // patch, w // patch),
+        tokens=len(patches) // merge**2,
+        seconds_per_grid=seconds,
+    )
+
+
+def _resize(frame_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    image = Image.fromarray(frame_HWC).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
