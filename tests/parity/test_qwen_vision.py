@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -16,7 +17,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from metacanvas_jax.data.media import Media, see_image
 from metacanvas_jax.data.prompts import make_prompts
-from metacanvas_jax.mllm.config import PRESETS, VisionConfig
+from metacanvas_jax.mllm.config import PRESETS, VisionConfig, read_config
 from metacanvas_jax.mllm.positions import mrope_angles
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.mllm.vision import find_places, full_attention
@@ -408,6 +409,18 @@ def test_full_size(size, vision, language):
     sizes = parameter_sizes(jax.eval_shape(make))
     for part, count in (('vision/', vision), ('language/', language)):
         assert sum(n for name, n in sizes.items() if name.startswith(part)) == count
+
+
+@pytest.mark.parametrize('size', PRESETS)
+def test_sizes_are_read_from_both_layouts(tmp_path, size):
+    """The published flat config.json, which says in_chans, and transformers 5's nested one."""
+    values = PRESETS[size].to_json()
+    Qwen2_5_VLConfig(**values, bos_token_id=1, eos_token_id=2).save_pretrained(tmp_path)
+    assert 'text_config' in json.loads((tmp_path / 'config.json').read_text())
+    assert read_config(tmp_path) == PRESETS[size]
+    values['vision_config']['in_chans'] = values['vision_config'].pop('in_channels')
+    (tmp_path / 'config.json').write_text(json.dumps(values))
+    assert read_config(tmp_path) == PRESETS[size]
 
 
 # ------------------------------------------------------------ windows
