@@ -1,7 +1,10 @@
-"""Draws pictures with a trained model.
+"""Draws pictures with a trained model, or asks its MLLM about one.
 
 python sample.py --checkpoint DIR --prompt TEXT --output FILE.png [--num_images N]
 python sample.py --checkpoint DIR --prompts FILE.jsonl --output FOLDER
+python sample.py --checkpoint DIR --task describe --image FILE --prompt TEXT [--output FILE]
+
+A published system instead of a checkpoint: --config configs/base.py:qwen --config.weights.mllm=DIR
 """
 
 import json
@@ -13,15 +16,17 @@ from absl import flags
 from PIL import Image, PngImagePlugin
 
 from metacanvas_jax.canvas.pca import pca_map
-from metacanvas_jax.command import compilation_cache, run
+from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
+from metacanvas_jax.data.media import Media, read_image, read_video
 from metacanvas_jax.data.tasks import TASKS
+from metacanvas_jax.describe import Describer
 from metacanvas_jax.pipeline import Pipeline, load
 from metacanvas_jax.types import InputError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('checkpoint', None, 'A train workdir, or one of its steps.', required=True)
-flags.DEFINE_string('output', None, 'The picture to write; with --prompts a folder.', required=True)
-flags.DEFINE_string('prompt', None, 'What to draw.')
+flags.DEFINE_string('checkpoint', None, 'A train workdir, or one of its steps.')
+flags.DEFINE_string('output', None, 'The file to write; with --prompts a folder.')
+flags.DEFINE_string('prompt', None, 'What to draw, or to answer.')
 flags.DEFINE_string('prompts', None, 'A JSON object a line: prompt, and optionally id and seed.')
 flags.DEFINE_string('negative_prompt', '', 'What guidance steers away from.')
 flags.DEFINE_string('task', None, 'Inferred from the inputs where it is not given.')
@@ -35,30 +40,67 @@ flags.DEFINE_integer('width', None, 'In pixels.')
 flags.DEFINE_string('noise', None, 'Initial latents, .npy fp32 (H, W, C), or (B, H, W, C).')
 flags.DEFINE_string('latents', None, 'Where to write the final latents, in the same layout.')
 flags.DEFINE_string('canvas_map', None, 'Where to write a map of the canvas features (App. I).')
+flags.DEFINE_multi_string('image', [], 'A picture that the prompt is about; several are allowed.')
+flags.DEFINE_string('video', None, 'A video that the prompt is about.')
+flags.DEFINE_integer('frames', 8, 'How many frames of --video the MLLM sees.')
+flags.DEFINE_integer('max_new_tokens', 128, 'The longest answer of --task describe.')
+flags.DEFINE_float('temperature', 0.0, 'Of --task describe; 0 takes the likeliest token.')
+flags.DEFINE_float('top_p', 1.0, 'Of --task describe: draws from so much of the probability.')
+define_config()
+
+DESCRIBE = 'describe'  # the one task without a picture to draw
 
 
 def main() -> None:
     check_flags()
     compilation_cache()
-    if FLAGS.prompts is None:
+    if FLAGS.task == DESCRIBE:
+        media = read_media()
+        answer(open_system(), *media)
+    elif FLAGS.prompts is None:
         noise = None if FLAGS.noise is None else read_noise(pathlib.Path(FLAGS.noise))
-        sample_prompt(load(FLAGS.checkpoint), noise)
+        sample_prompt(open_pipeline(), noise)
     else:
         records = read_prompts(pathlib.Path(FLAGS.prompts))
-        sample_prompts(load(FLAGS.checkpoint), records)
+        sample_prompts(open_pipeline(), records)
 
 
 def check_flags() -> None:
+    if (FLAGS.checkpoint is None) == (FLAGS.config is None):
+        raise InputError('give either --checkpoint or --config')
     if (FLAGS.prompt is None) == (FLAGS.prompts is None):
         raise InputError('give either --prompt or --prompts')
-    if FLAGS.task not in (None, *TASKS):
-        raise InputError(f'--task {FLAGS.task!r} is unknown; there are: {", ".join(TASKS)}')
-    for name in ('num_images', 'batch_size', 'steps'):
+    if FLAGS.task not in (None, *TASKS, DESCRIBE):
+        known = ', '.join((*TASKS, DESCRIBE))
+        raise InputError(f'--task {FLAGS.task!r} is unknown; there are: {known}')
+    if FLAGS.task == DESCRIBE and FLAGS.prompts:
+        raise InputError('--task describe takes one --prompt')
+    if FLAGS.task != DESCRIBE and (FLAGS.image or FLAGS.video):
+        raise InputError('--image and --video go with --task describe')
+    if FLAGS.task != DESCRIBE and FLAGS.output is None:
+        raise InputError('--output is missing')
+    for name in ('num_images', 'batch_size', 'steps', 'frames', 'max_new_tokens'):
         value = FLAGS[name].value
         if value is not None and value < 1:
             raise InputError(f'--{name} must be at least 1, got {value}')
+    if FLAGS.temperature < 0 or not 0 < FLAGS.top_p <= 1:
+        raise InputError(
+            f'--temperature must be at least 0 and --top_p in (0, 1], got {FLAGS.temperature} '
+            f'and {FLAGS.top_p}'
+        )
     if FLAGS.prompts and (FLAGS.noise or FLAGS.latents or FLAGS.canvas_map):
         raise InputError('--noise, --latents and --canvas_map go with --prompt, not with --prompts')
+
+
+def open_system() -> Pipeline | Describer:
+    return load(FLAGS.checkpoint or config_from_flags())
+
+
+def open_pipeline() -> Pipeline:
+    system = open_system()
+    if isinstance(system, Describer):
+        raise InputError('this is an MLLM alone: it makes no pictures; use --task describe')
+    return system
 
 
 def settings() -> dict[str, Any]:
@@ -68,6 +110,41 @@ def settings() -> dict[str, Any]:
         'guidance': FLAGS.guidance,
         'size': (FLAGS.height, FLAGS.width),
     }
+
+
+# ---------------------------------------------------------------- a question
+
+
+def read_media() -> tuple[list[np.ndarray], tuple[np.ndarray, float] | None]:
+    """Before anything is compiled: the file may be at fault."""
+    pictures = [read_image(path) for path in FLAGS.image]
+    return pictures, None if FLAGS.video is None else read_video(FLAGS.video, FLAGS.frames)
+
+
+def answer(
+    system: Pipeline | Describer,
+    pictures: list[np.ndarray],
+    video: tuple[np.ndarray, float] | None,
+) -> None:
+    describer = system if isinstance(system, Describer) else system.describer
+    media: list[Media] = describer.encoder.see(pictures)
+    if video is not None:
+        media.append(describer.encoder.watch(*video))
+    (found,) = describer(
+        [FLAGS.prompt],
+        [media] if media else None,
+        max_new_tokens=FLAGS.max_new_tokens,
+        temperature=FLAGS.temperature,
+        top_p=FLAGS.top_p,
+        seed=FLAGS.seed,
+    )
+    print(found.text)
+    if FLAGS.output is not None:
+        path = pathlib.Path(FLAGS.output)
+        text = found.text
+        if path.suffix == '.json':
+            text = json.dumps({'text': found.text, 'ids': found.ids}, ensure_ascii=False)
+        write(path, lambda file: file.write(f'{text}\n'.encode()))
 
 
 # ---------------------------------------------------------------- one prompt

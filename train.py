@@ -100,7 +100,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     graphdef, trainable, frozen = starting_model(config, mesh)
     show(trainable_table(config.trainable, nnx.merge(graphdef, trainable, frozen)))
     optimizer = OptimizerConfig(**config.optimizer)
-    tx = make_optimizer(optimizer)
+    tx = make_optimizer(optimizer, config.steps)
     state, where = start(trainable, tx, ema=optimizer.ema > 0, mesh=mesh)
     step_fn = make_train_step(
         graphdef,

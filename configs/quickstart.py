@@ -12,14 +12,30 @@ Variants: `sana` (default), `no_canvas` (the same without canvas tokens).
 
 from ml_collections import ConfigDict
 
-VARIANTS = {'sana': {}, 'no_canvas': {'fuse': 'none'}}
+
+def sana(config: ConfigDict) -> None:
+    """The whole method."""
+
+
+def no_canvas(config: ConfigDict) -> None:
+    """The baseline: the MLLM speaks to the DiT through its text interface alone."""
+    config.canvas.fuse = 'none'
+    config.trainable = ('context/.*', 'backbone/.*')
+
+
+def no_plan(config: ConfigDict) -> None:
+    """The paper's prompt: an empty response stands before the canvas."""
+    config.prompt.update(plan_tokens=0, buckets=(40, 64, 128))
+
+
+VARIANTS = {'sana': sana, 'no_canvas': no_canvas, 'no_plan': no_plan}
 
 
 def get_config(variant: str = 'sana') -> ConfigDict:
     config = ConfigDict()
     config.objective = 'flow'
     config.seed = 0
-    config.steps = 1300
+    config.steps = 1800
     config.batch_size = 32
     config.accumulate = 1
     config.dtype = 'float32'
@@ -28,7 +44,15 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.trainable = ('context/.*', 'canvas/.*', 'backbone/.*')
 
     config.mllm = dict(size='tiny', remat='all', lora=dict(rank=0, alpha=0.0, dropout=0.0))
-    config.prompt = dict(tokenizer='tiny_qwen', buckets=(40, 64, 128))
+    config.prompt = dict(
+        tokenizer='tiny_qwen',
+        buckets=(64, 128),
+        plan_tokens=40,
+        pictures=(1,),
+        windows=(4,),
+        min_pixels=64 * 64,
+        max_pixels=64 * 64,
+    )
     config.context = dict(hidden=256, activation='gelu_tanh', dropout=0.0, skip=23)
     config.canvas = dict(
         fuse='dit',
@@ -55,7 +79,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         patch_size=1,
     )
     config.vae = dict(kind='pixel', stride=4)
-    config.flow = dict(train_shift=3.0)
+    config.flow = dict(train_shift=4.0)
 
     config.data = dict(
         source='shapes',
@@ -70,6 +94,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         lr=2e-3,
         warmup_lr=1e-5,
         warmup_steps=50,
+        cooldown_steps=900,
         b1=0.9,
         b2=0.99,
         eps=1e-8,
@@ -79,9 +104,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     )
     config.checkpoint = dict(every=250, keep=2, keep_every=None)
     config.log = dict(every=25, tensorboard=False)
-    config.sample = dict(every=650, count=12, steps=20, guidance=3.0, shift=3.0)
+    config.sample = dict(every=600, count=12, steps=20, guidance=2.0, shift=3.0, temperature=1.0)
     config.evaluate = dict(kind='shapes', per_category=32, batch_size=48)
-    config.canvas.update(VARIANTS[variant])
-    if variant == 'no_canvas':  # then there is no canvas to train
-        config.trainable = ('context/.*', 'backbone/.*')
+    VARIANTS[variant](config)
     return config

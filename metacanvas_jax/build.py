@@ -77,7 +77,10 @@ def mllm_config(config: ConfigDict) -> QwenConfig:
 
 
 def build_encoder(config: ConfigDict) -> Encoder:
-    folder = weights_folder(config.prompt.tokenizer)
+    folder = config.prompt.tokenizer or config.weights.mllm  # converted weights hold their own
+    if folder is None:
+        raise InputError('config.prompt.tokenizer is missing; give a folder with tokenizer.json')
+    folder = weights_folder(folder)
     return Encoder(
         tokenizer=ChatTokenizer(folder),
         mllm=mllm_config(config),
@@ -88,6 +91,7 @@ def build_encoder(config: ConfigDict) -> Encoder:
         min_pixels=config.prompt.min_pixels,
         max_pixels=config.prompt.max_pixels,
         text_dropout=config.data.text_dropout,
+        plan_tokens=config.prompt.plan_tokens,
     )
 
 

@@ -40,7 +40,7 @@ from metacanvas_jax.train.state import abstract, split_model
 from metacanvas_jax.train.trainable import trainable_filter
 from metacanvas_jax.train.workdir import read_config
 from metacanvas_jax.types import InputError, Visual
-from metacanvas_jax.weights import match_weights, place_weights
+from metacanvas_jax.weights import comes_from_weights, match_weights, place_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,17 @@ def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.St
     """The model that a run starts from: initial values, with published weights over them."""
     make = functools.partial(build_model, config)
     wanted = check_model(config)
+    weights = _weights(config)
     graphdef, *parts = split_model(
-        make, wanted, seed=config.seed, frozen_dtype=DTYPES[config.dtype], mesh=mesh
+        make,
+        wanted,
+        seed=config.seed,
+        frozen_dtype=DTYPES[config.dtype],
+        mesh=mesh,
+        given=lambda path, _: any(comes_from_weights(path, prefix) for prefix, _ in weights),
     )
     whole = nnx.merge_state(*parts)
-    for prefix, folder in _weights(config):
+    for prefix, folder in weights:
         whole = place_weights(whole, folder, prefix)
     trainable, frozen = nnx.split_state(whole, wanted, ...)
     return graphdef, trainable, frozen
@@ -129,11 +135,10 @@ class Pipeline:
         other.__dict__ = {**self.__dict__, '_state': state}
         return other
 
-    @functools.cached_property
+    @property
     def describer(self) -> Describer:
         """The MLLM of this pipeline, to be asked about pictures."""
-        mllm = self._model(self._state).mllm
-        return Describer(self._encoder, *nnx.split(mllm), self._mesh)
+        return Describer(self._encoder, self._model(self._state).mllm, self._mesh)
 
     # ------------------------------------------------------------ for users
 
@@ -190,11 +195,9 @@ class Pipeline:
         z_1 = self._noise(indices, seed, latents) if noise is None else self._given(noise, latents)
         default = self.config.sample
         guidance = default.guidance if guidance is None else guidance
-        negatives = [negative_prompt] * len(prompts)
         z = self._solve(
             self._state,
-            self._put(self._prompts(prompts)),
-            self._put(self._prompts(negatives)),
+            *self._pair(prompts, [negative_prompt] * len(prompts), indices, seed),
             self._put(z_1),
             schedule(steps or default.steps, default.shift),
             latents=latents,
@@ -220,8 +223,7 @@ class Pipeline:
         latents, default = self._latents((None, None)), self.config.sample
         times = schedule(default.steps, default.shift)
         middle = int(jnp.argmin(jnp.abs(times - 0.5)))
-        prompt = self._put(self._prompts(prompts))
-        negative = self._put(self._prompts([''] * len(prompts)))
+        prompt, negative = self._pair(prompts, [''] * len(prompts), indices, seed)
         z_1 = self._put(self._noise(indices, seed, latents))
         z = self._solve(
             self._state,
@@ -287,10 +289,31 @@ class Pipeline:
             raise InputError(f'the noise has shape {noise.shape[1:]}, this size wants {want}')
         return noise[:, None]
 
-    def _prompts(self, texts: Sequence[str]):
-        task = TASKS['t2i']
+    def _pair(self, prompts, negatives, indices: Sequence[int], seed: int):
+        """Both branches of guidance in one bucket: they run as one batch."""
+        both = self._prompts([*prompts, *negatives], [*indices, *indices], seed)
+        halves = slice(len(prompts)), slice(len(prompts), None)
+        return [self._put(jax.tree.map(lambda x: x[half], both)) for half in halves]  # noqa: B023
+
+    def _prompts(self, texts: Sequence[str], indices: Sequence[int], seed: int):
+        """Where the run was trained with plans, the MLLM writes one first, but not about nothing.
+
+        Image i has the plan that the MLLM draws with fold_in(key(seed), i).
+        """
         encoder = self._encoder
-        return encoder.prompts([encoder.tokenizer.chat(task.prompt(text))[0] for text in texts])
+        users = [TASKS['t2i'].prompt(text) for text in texts]
+        plans = [''] * len(users)
+        if encoder.plan_tokens and (asked := [row for row, text in enumerate(texts) if text]):
+            answers = self.describer(
+                [users[row] for row in asked],
+                max_new_tokens=encoder.plan_tokens,
+                temperature=self.config.sample.temperature,
+                seed=seed,
+                indices=[indices[row] for row in asked],
+            )
+            for row, answer in zip(asked, answers, strict=True):
+                plans[row] = answer.text
+        return encoder.prompts([encoder.chat(*pair) for pair in zip(users, plans, strict=True)])
 
     def _put(self, tree):
         """Host arrays, whole on every process, split over the mesh where the batch allows."""
@@ -306,7 +329,7 @@ class Pipeline:
 
 
 def _describer(config: ConfigDict, graphdef, state: nnx.State, mesh: Mesh) -> Describer:
-    return Describer(build_encoder(config), graphdef, state, mesh)
+    return Describer(build_encoder(config), nnx.merge(graphdef, state), mesh)
 
 
 # config.objective -> what its model is used through

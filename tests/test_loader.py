@@ -11,15 +11,22 @@ from metacanvas_jax.build import ASSETS
 from metacanvas_jax.data import loader as loader_module
 from metacanvas_jax.data.loader import Loader
 from metacanvas_jax.data.prompts import ChatTokenizer
-from metacanvas_jax.data.shapes_text import Text
 from metacanvas_jax.data.sources import SOURCES
-from metacanvas_jax.data.tasks import TASKS, Encoder, Record, diffusion_batch, text_batch
+from metacanvas_jax.data.tasks import (
+    TASKS,
+    Encoder,
+    Record,
+    TextRecord,
+    diffusion_batch,
+    text_batch,
+)
 from metacanvas_jax.mllm.config import PRESETS
+from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.types import InputError
 
 FOLDER = ASSETS / 'tiny_qwen'
 SIZE, SEED, BATCH = 8, 3, 16
-MIXED = dict(layout=0.6, dialogue=0.4)
+MIXED = dict(layout=0.4, dialogue=0.3, picture=0.3)
 
 
 class Data:
@@ -28,7 +35,15 @@ class Data:
 
 def encoder(text_dropout: float = 0.0, buckets=(64, 160)) -> Encoder:
     tokenizer = ChatTokenizer(FOLDER)
-    return Encoder(tokenizer, PRESETS['tiny'], buckets=buckets, text_dropout=text_dropout)
+    return Encoder(
+        tokenizer,
+        PRESETS['tiny'],
+        buckets=buckets,
+        vision_buckets=VisionBuckets(pictures=(1,), windows=(4,)),
+        min_pixels=64 * 64,
+        max_pixels=64 * 64,
+        text_dropout=text_dropout,
+    )
 
 
 def pictures(threads: int = 1, seed: int = SEED) -> Loader:
@@ -190,10 +205,12 @@ def test_prompts_end_with_the_end_and_pad_on_the_right():
         encoder(buckets=(7, 9)).prompts(chats)
 
 
-def test_weights_cover_the_response_and_its_end(published):
-    records = [SOURCES['shapes_text'](Data)['dialogue'][i] for i in range(6)]
-    records.append(Text('a question', ''))
-    batch = text_batch('dialogue', records, np.zeros(len(records)), encoder())
+@pytest.mark.parametrize('task', ['dialogue', 'picture'])
+def test_weights_cover_the_response_and_its_end(published, task):
+    records = [SOURCES['shapes_text'](Data)[task][i] for i in range(6)]
+    records.append(TextRecord('a question', '', records[0].pictures))
+    batch = text_batch(task, records, np.zeros(len(records)), encoder())
+    assert (batch.prompt.vision is None) == (task == 'dialogue')
     assert set(np.unique(batch.weight_BL)) == {0, 1}
     for record, ids, weight in zip(records, batch.prompt.ids_BL, batch.weight_BL, strict=True):
         learned = published.decode(ids[weight == 1])

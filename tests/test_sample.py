@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import metacanvas_jax as mc
+from metacanvas_jax.data.tasks import TASKS
 from metacanvas_jax.types import InputError
 from tests.test_bad_input import assert_one_line, process, script
 from tests.test_resume import STEPS, config_file, finished, once, uninterrupted
@@ -196,3 +197,33 @@ def test_no_canvas_no_map(tmp_path, tmp_path_factory):
         code, stderr, r'--canvas_map: this model has no canvas \(config.canvas.fuse is none\)'
     )
     assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+
+def test_plans_come_before_pictures(pipe):
+    """What the MLLM writes about image i stands in its prompt; nothing is written about nothing."""
+    texts, indices = [PROMPT, '', 'a cross'], [4, 5, 6]
+    tokenizer = pipe._encoder.tokenizer
+    prompt = pipe._prompts(texts, indices, SEED)
+    asked = [TASKS['t2i'].prompt(text) for text in texts]
+    written = [
+        pipe.describer(
+            [asked[row]],
+            max_new_tokens=8,
+            temperature=pipe.config.sample.temperature,
+            seed=SEED,
+            indices=[indices[row]],
+        )[0].text
+        for row in (0, 2)
+    ]
+    plans = [written[0], '', written[1]]
+    assert len({*plans}) == 3
+    for row, (user, plan) in enumerate(zip(asked, plans, strict=True)):
+        ids = prompt.ids_BL[row, : prompt.length_B[row]]
+        assert ids.tolist() == tokenizer.chat(user, plan)[0]
+
+
+def test_a_long_prompt_is_steered_away_from_a_short_one(pipe):
+    """Both branches of guidance run in the bucket of the longer prompt."""
+    long = ' and '.join(['a red circle'] * 8)
+    pictures = pipe([long, PROMPT], seed=SEED, output='latent').images
+    assert np.isfinite(pictures).all()

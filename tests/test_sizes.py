@@ -100,7 +100,7 @@ def test_row_of_table_3_trains(row):
         frozen_dtype=jnp.float32,
         mesh=mesh,
     )
-    tx = make_optimizer(OptimizerConfig(**tiny.config().optimizer))
+    tx = make_optimizer(OptimizerConfig(**tiny.config().optimizer), steps=100)
     state, where = start(trainable, tx, ema=False, mesh=mesh)
     step = make_train_step(graphdef, FLOW, tx, accumulate=1, ema_decay=0, where=where)
     clean_BT = np.array([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], np.float32)

@@ -1,5 +1,6 @@
 """One step: what learns, what does not, and that no accident leaves a trace."""
 
+import dataclasses
 import functools
 
 import jax
@@ -24,6 +25,7 @@ OPTIMIZER = OptimizerConfig(
     lr=1e-2,
     warmup_lr=1e-3,
     warmup_steps=4,
+    cooldown_steps=0,
     b1=0.9,
     b2=0.99,
     eps=1e-8,
@@ -100,7 +102,7 @@ def test_trainable_leaves_learn_and_frozen_ones_do_not():
     )
     before = {name: np.array(value) for name, value in tiny.named(model).items()}
     learning = {'/'.join(map(str, path)) for path in dict(nnx.to_flat_state(trainable))}
-    tx = make_optimizer(OPTIMIZER)
+    tx = make_optimizer(OPTIMIZER, steps=100)
     state, where = start(trainable, tx, ema=False, mesh=mesh)
     step = make_train_step(graphdef, FLOW, tx, accumulate=1, ema_decay=0.0, where=where)
     moments = [a for a in jax.tree.leaves(state.opt_state) if a.ndim]
@@ -133,7 +135,7 @@ def _toy(*, accumulate: int = 1, ema: float = 0.0, adam: bool = False):
         frozen_dtype=jnp.bfloat16,
         mesh=mesh,
     )
-    tx = make_optimizer(OPTIMIZER) if adam else optax.sgd(1.0)
+    tx = make_optimizer(OPTIMIZER, steps=100) if adam else optax.sgd(1.0)
     step = make_train_step(
         graphdef,
         _toy_objective,
@@ -234,14 +236,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(bad):
 
 
 def test_learning_rate_warms_up_then_stays():
-    rate = learning_rate(OPTIMIZER)
+    rate = learning_rate(OPTIMIZER, steps=100)
     found = [float(rate(step)) for step in (0, 1, 2, 3, 4, 5, 1000)]
     np.testing.assert_allclose(found, [1e-3, 3.25e-3, 5.5e-3, 7.75e-3, 1e-2, 1e-2, 1e-2], rtol=1e-5)
 
 
+def test_learning_rate_cools_down_in_the_last_steps():
+    rate = learning_rate(dataclasses.replace(OPTIMIZER, cooldown_steps=10), steps=100)
+    found = [float(rate(step)) for step in (0, 4, 90, 91, 95, 99, 100)]
+    np.testing.assert_allclose(found, [1e-3, 1e-2, 1e-2, 9e-3, 5e-3, 1e-3, 0], rtol=1e-5)
+
+
 def test_gradients_are_clipped_over_all_leaves_together():
     """The first Adam step has the size of the rate; its memory holds the clipped gradient."""
-    tx = make_optimizer(OPTIMIZER)
+    tx = make_optimizer(OPTIMIZER, steps=100)
     params = {'a': jnp.zeros(3), 'b': jnp.zeros(4)}
     grads = {'a': jnp.full(3, 30.0), 'b': jnp.full(4, 40.0)}
     updates, state = tx.update(grads, tx.init(params), params)

@@ -1,8 +1,8 @@
 """The shapes world: pictures of plain shapes with GenEval's captions, and edits between them.
 
 Everything is computed from (seed, split, index): no files, no network. Lengths are in units of the
-picture's side, x to the right, y down. Objects are vector shapes, so any picture size will do;
-their bounding boxes lie on a grid of eighths, so that models learn shapes before sub-pixel places.
+picture's side, x to the right, y down. Objects are vector shapes, so any picture size will do; they
+stand in the corners of the picture, so that a small model learns what is asked, not where exactly.
 Four (colour, shape) pairs are held out: they occur nowhere in the train split.
 """
 
@@ -38,11 +38,14 @@ TEMPLATES = ('{}', 'a picture of {}', 'a photo of {}')
 EDITS = ('add', 'remove', 'replace', 'recolour', 'move', 'background')
 SIDES = {'left': (0, -1), 'right': (0, 1), 'top': (1, -1), 'bottom': (1, 1)}  # as RELATIONS
 
-CELLS = 8  # rows and columns of the grid that bounding boxes are drawn on
-WIDTHS = {1: 3, 2: 3, 3: 2, 4: 2}  # cells that a box is wide, by objects in scene
-GAP = 1 / CELLS  # least distance between two bounding boxes
-APART = 0.28  # least distance of the centres along the axis of a relation
-SIDE = 0.3  # an object on a side has its centre within this distance of it
+RADIUS = 3 / 16  # 12 of 32 pixels wide, on multiples of 4: whole patches of the quickstart
+_LOW, _HIGH = RADIUS, 1 - RADIUS
+PLACES = {  # (x, y) of centres, in reading order
+    'top left': (_LOW, _LOW),
+    'top right': (_HIGH, _LOW),
+    'bottom left': (_LOW, _HIGH),
+    'bottom right': (_HIGH, _HIGH),
+}
 ARM = 0.36  # half the width of a cross's arm, in radii
 LENGTH = 2**31 - 1
 
@@ -55,8 +58,8 @@ _STREAMS = {
     ('texts', 'train'): 4,
     ('requests', 'train'): 5,
     ('requests', 'held_out'): 6,
+    ('texts', 'held_out'): 7,
 }
-_DRAWS = {1: 1, 2: 32, 3: 64, 4: 512}  # placements tried at once, by objects in scene
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,7 @@ def draw_picture(rng: np.random.Generator, category: str, split: str) -> Picture
     phrases = [phrase(c if named else None, s, count) for c, s in pairs]
     caption = pick(rng, TEMPLATES).format((f' {relation} ' if relation else ' and ').join(phrases))
     asked = tuple(Asked(count, c if judged else None, s) for c, s in pairs)
-    objects = _draw_objects(
-        rng, pairs * count, count * nouns, RELATIONS[relation] if relation else None
-    )
+    objects = _draw_objects(rng, pairs * count, RELATIONS[relation] if relation else None)
     scene = Scene(pick(rng, tuple(BACKGROUNDS)), objects)
     return Picture(Request(category, caption, asked, relation), scene)
 
@@ -233,7 +234,7 @@ def draw_edit(rng: np.random.Generator, category: str, split: str) -> Edit:
     background = pick(rng, tuple(BACKGROUNDS))
     if category in ('add', 'remove'):
         n = 2 + int(rng.random() * 3)
-        objects = _draw_objects(rng, _draw_pairs(rng, split, n), n)
+        objects = _draw_objects(rng, _draw_pairs(rng, split, n))
         whole, rest = Scene(background, objects), Scene(background, objects[1:])
         if category == 'add':
             colour_and_shape = phrase(objects[0].colour, objects[0].shape)
@@ -243,7 +244,7 @@ def draw_edit(rng: np.random.Generator, category: str, split: str) -> Edit:
     n = 1 + int(rng.random() * (3 if category == 'move' else 4))  # four leave no room to move
     if category in ('replace', 'recolour'):
         new, *old = _draw_pairs(rng, split, n + 1, _NOUNS_DIFFER[category])
-        objects = _draw_objects(rng, old, n)
+        objects = _draw_objects(rng, old)
         first = replace(objects[0], colour=new[0], shape=new[1])
         text = f'replace the {objects[0].name} with {phrase(*new)}'
         if category == 'recolour':
@@ -254,35 +255,21 @@ def draw_edit(rng: np.random.Generator, category: str, split: str) -> Edit:
     pairs = _draw_pairs(rng, split, n)
     if category == 'background':
         new = pick(rng, tuple(b for b in BACKGROUNDS if b != background))
-        objects = _draw_objects(rng, pairs, n)
+        objects = _draw_objects(rng, pairs)
         text = f'change the background to {new}'
         return Edit(category, text, Scene(background, objects), Scene(new, objects))
 
     side = pick(rng, tuple(SIDES))
+    axis, sign = SIDES[side]
+    at = _HIGH if sign > 0 else _LOW
     while True:
-        objects = _draw_objects(rng, pairs, n)
-        moved = _move(rng, objects[0], side)
-        if moved is not None and all(apart(moved, o) for o in objects[1:]):
+        objects = _draw_objects(rng, pairs)
+        moved = replace(objects[0], x=at) if axis == 0 else replace(objects[0], y=at)
+        if all((moved.x, moved.y) != (o.x, o.y) for o in objects):
             break
     text = f'move the {moved.name} to the {side}'
     source, target = Scene(background, objects), Scene(background, (moved, *objects[1:]))
     return Edit(category, text, source, target)
-
-
-def apart(a: Object, b: Object) -> bool:
-    """Whether two objects keep the gap between their bounding boxes."""
-    return max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
-
-
-def _move(rng, o: Object, side: str) -> Object | None:
-    """The object slid straight to a side, or None where it is too near that side already."""
-    axis, sign = SIDES[side]
-    depths = np.arange(CELLS) / CELLS + o.radius
-    depth = pick(rng, depths[depths <= SIDE].tolist())
-    at = depth if sign < 0 else 1 - depth
-    if ((o.x, o.y)[axis] - at) * -sign < APART:
-        return None
-    return replace(o, x=at) if axis == 0 else replace(o, y=at)
 
 
 def _anything(pairs) -> bool:
@@ -314,27 +301,19 @@ def _draw_pairs(rng, split: str, n: int, accept=_anything) -> list[tuple[str, st
             return pairs
 
 
-def _draw_objects(rng, pairs, n: int, relation=None) -> tuple[Object, ...]:
+def _draw_objects(rng, pairs, relation=None) -> tuple[Object, ...]:
     """Objects of the given pairs, uniform over all valid placements (by rejection)."""
-    width = WIDTHS[n]
+    places = list(PLACES.values())
     while True:
-        corners = (rng.random((_DRAWS[n], n, 2)) * (CELLS - width + 1)).astype(int)
-        first, second = _PAIRS[n]
-        delta = corners[:, first] - corners[:, second]
-        distance = np.abs(delta).max(-1)
-        valid = (distance >= width + GAP * CELLS).all(-1)
-        if relation is not None:
-            axis, sign = relation
-            along = delta[:, 0, axis] * sign
-            valid &= (along >= APART * CELLS) & (along == distance[:, 0])
-            valid &= np.abs(delta[:, 0, 1 - axis]) < along
-        if (found := valid.argmax()) or valid[0]:
+        found = [places[i] for i in rng.random(len(places)).argsort()[: len(pairs)]]
+        if relation is None:
             break
-    radius = width / CELLS / 2
-    centres = (corners[found] / CELLS + radius).tolist()
+        axis, sign = relation
+        if (found[0][axis] - found[1][axis]) * sign > 0:
+            break
     return tuple(
-        Object(shape, colour, x, y, radius)
-        for (colour, shape), (x, y) in zip(pairs, centres, strict=True)
+        Object(shape, colour, x, y, RADIUS)
+        for (colour, shape), (x, y) in zip(pairs, found, strict=True)
     )
 
 
@@ -370,4 +349,3 @@ def _cross(dx, dy, r):
 # Signed distances for dx = |x - centre| as a row and dy = y - centre as a column; < 0 inside.
 _DISTANCES = {'circle': _circle, 'square': _square, 'triangle': _triangle, 'cross': _cross}
 _RGB = {name: np.array(rgb, np.float32) for name, rgb in COLOURS.items()}
-_PAIRS = {n: np.triu_indices(n, 1) for n in WIDTHS}

@@ -6,8 +6,8 @@
 import bisect
 import itertools
 import json
-import operator
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,10 @@ from tokenizers.models import BPE
 
 from metacanvas_jax.data.shapes import (
     CATEGORIES,
-    CELLS,
     EDITS,
     LENGTH,
     NUMBERS,
+    PLACES,
     RELATIONS,
     SHAPES,
     TRAIN_PAIRS,
@@ -41,7 +41,6 @@ from metacanvas_jax.data.shapes import (
     pick,
 )
 
-SIZES = {2: 1, 3: 4}  # what the width of a bounding box, in cells, is called
 GENERATE = 'Please generate image based on the following caption: {}'
 SYSTEM = 'You are a helpful assistant.'
 SPECIAL_TOKENS = tuple(  # in the order of their ids in Qwen2.5
@@ -85,76 +84,115 @@ _ENGLISH = (
 
 @dataclass(frozen=True)
 class Text:
-    """One turn of a conversation: what is asked, and the one right kind of answer."""
+    """One turn of a conversation: what is asked, and the one right kind of answer.
+
+    With a scene, its picture stands in front of the user's words.
+    """
 
     user: str
     assistant: str
+    scene: Scene | None = None
 
 
 @dataclass(frozen=True)
 class ShapeTexts:
-    """Texts about scenes of the train split, addressed at random; `kinds` are keys of TEXTS."""
+    """Texts about scenes, addressed at random; `kinds` are keys of TEXTS."""
 
     seed: int
-    kinds: tuple[str, ...] = ('caption', 'describe', 'question', 'edit')
+    kinds: tuple[str, ...]
+    split: str = 'train'
 
     def __len__(self) -> int:
         return LENGTH
 
     def __getitem__(self, index: int) -> Text:
-        rng = generator(self.seed, 'texts', 'train', index)
+        rng = generator(self.seed, 'texts', self.split, index)
         edges = list(itertools.accumulate(TEXTS[kind][0] for kind in self.kinds))
         kind = self.kinds[bisect.bisect(edges, rng.random() * edges[-1], hi=len(edges) - 1)]
-        return TEXTS[kind][1](rng)
+        return TEXTS[kind][1](rng, self.split)
 
 
-def _caption(rng) -> Text:
-    picture = draw_picture(rng, pick(rng, CATEGORIES), 'train')
-    return Text(GENERATE.format(picture.request.caption), layout(picture.scene))
+def _told(rng, split: str) -> str:
+    """A split to read of: words have no held-out pairs, as a large MLLM has read of everything."""
+    return 'held_out' if rng.random() < 0.25 else split
 
 
-def _describe(rng) -> Text:
-    picture = draw_picture(rng, pick(rng, CATEGORIES), 'train')
+def _caption(rng, split: str) -> Text:
+    picture = draw_picture(rng, pick(rng, CATEGORIES), _told(rng, split))
+    return Text(GENERATE.format(picture.request.caption), plan(picture.scene))
+
+
+def _describe(rng, split: str) -> Text:
+    picture = draw_picture(rng, pick(rng, CATEGORIES), _told(rng, split))
     return Text(f'Describe: {layout(picture.scene)}', picture.request.caption)
 
 
-def _question(rng) -> Text:
-    while True:
-        scene = _draw_scene(rng)
-        found = pick(rng, _QUESTIONS)(rng, scene)
-        if found is not None:
-            return Text(f'Picture: {layout(scene)}. {found[0]}', found[1])
+def _question(rng, split: str) -> Text:
+    seen = _picture_question(rng, _told(rng, split))
+    assert seen.scene is not None
+    return Text(f'Picture: {layout(seen.scene)}. {seen.user}', seen.assistant)
 
 
-def _edit(rng) -> Text:
-    edit = draw_edit(rng, pick(rng, EDITS), 'train')
+def _edit(rng, split: str) -> Text:
+    edit = draw_edit(rng, pick(rng, EDITS), _told(rng, split))
     return Text(f'Picture: {layout(edit.source)}. {edit.instruction}', layout(edit.target))
 
 
-# kind -> (its share, how one is drawn)
+def _picture_layout(rng, split: str) -> Text:
+    scene = _draw_scene(rng, split)
+    return Text('Describe the picture.', layout(scene), scene)
+
+
+def _picture_question(rng, split: str) -> Text:
+    while True:
+        scene = _draw_scene(rng, split)
+        found = pick(rng, _QUESTIONS)(rng, scene)
+        if found is not None:
+            return Text(*found, scene)
+
+
+def _picture_edit(rng, split: str) -> Text:
+    edit = draw_edit(rng, pick(rng, EDITS), split)
+    return Text(edit.instruction, layout(edit.target), edit.source)
+
+
+# kind -> (its share among the kinds of a source, how one is drawn)
 TEXTS = {
     'caption': (0.5, _caption),
     'describe': (0.1, _describe),
     'question': (0.25, _question),
     'edit': (0.15, _edit),
+    'picture_layout': (0.3, _picture_layout),
+    'picture_question': (0.5, _picture_question),
+    'picture_edit': (0.2, _picture_edit),
 }
+READ = ('caption', 'describe', 'question', 'edit')
+SEE = ('picture_layout', 'picture_question', 'picture_edit')
 
 
-def cell(o: Object) -> tuple[int, int]:
-    """(row, column) of the object's centre on the grid, from 1."""
-    return int(o.y * CELLS) + 1, int(o.x * CELLS) + 1
-
-
-def size(o: Object) -> int:
-    return SIZES[round(2 * o.radius * CELLS)]
+def place(o: Object) -> str:
+    """The name of the object's place, one of PLACES."""
+    return next(name for name, at in PLACES.items() if at == (o.x, o.y))
 
 
 def layout(scene: Scene) -> str:
-    """Where everything is, in one sentence; objects in raster order of their cells."""
-    parts = []
-    for o in sorted(scene.objects, key=cell):
-        row, column = cell(o)
-        parts.append(f'{phrase(o.colour, o.shape)} at row {row} column {column} size {size(o)}')
+    """Where everything is, in one sentence; objects in reading order."""
+    return _sentence(sorted(scene.objects, key=_reading_order), scene)
+
+
+def plan(scene: Scene) -> str:
+    """The layout of a scene that was asked for; objects in the order in which they were named."""
+    kinds = [o.name for o in scene.objects]
+    order = sorted(scene.objects, key=lambda o: (kinds.index(o.name), _reading_order(o)))
+    return _sentence(order, scene)
+
+
+def _reading_order(o: Object) -> tuple[float, float]:
+    return o.y, o.x
+
+
+def _sentence(objects: Sequence[Object], scene: Scene) -> str:
+    parts = [f'{phrase(o.colour, o.shape)} {place(o)}' for o in objects]
     return ', '.join([*parts, f'on {scene.background}'])
 
 
@@ -200,7 +238,7 @@ def build_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def _corpus():
-    texts = ShapeTexts(0)
+    texts = ShapeTexts(0, READ)
     for i in range(_TEXTS):
         text = texts[i]
         yield f'system\n{SYSTEM}\n'
@@ -209,11 +247,11 @@ def _corpus():
     yield _ENGLISH
 
 
-def _draw_scene(rng) -> Scene:
+def _draw_scene(rng, split: str) -> Scene:
     """Half from captions (few objects, alike), half from edits (up to four, all different)."""
     if rng.random() < 0.5:
-        return draw_picture(rng, pick(rng, CATEGORIES), 'train').scene
-    return draw_edit(rng, pick(rng, EDITS), 'train').source
+        return draw_picture(rng, pick(rng, CATEGORIES), split).scene
+    return draw_edit(rng, pick(rng, EDITS), split).source
 
 
 # Questions: (rng, scene) -> (question, answer), or None where the answer would be ambiguous.
@@ -236,23 +274,19 @@ def _what_is_beside(rng, scene):
     o = pick(rng, scene.objects)
     relation = pick(rng, tuple(RELATIONS))
     axis, sign = RELATIONS[relation]
-    beside = []
+    beside, across = None, False
     for other in scene.objects:
-        (row, column), (there, across) = cell(o), cell(other)
-        steps = (column - across, row - there)
-        along, astray = -sign * steps[axis], abs(steps[1 - axis])
-        if other is not o and along > 0:
-            if along == astray:
-                return None
-            if along > astray:
-                beside.append((along, other))
-    beside.sort(key=operator.itemgetter(0))
-    if _twins(scene, o) or (len(beside) > 1 and beside[0][0] == beside[1][0]):
+        steps = (other.x - o.x, other.y - o.y)
+        if steps[axis] * sign > 0:
+            beside, across = (beside, True) if steps[1 - axis] else (other, across)
+    if beside is None and across:  # in the opposite corner: neither beside it nor not
         return None
-    if not beside and rng.random() < 0.7:  # else most answers would be 'nothing'
+    if _twins(scene, o):
+        return None
+    if beside is None and rng.random() < 0.7:  # else most answers would be 'nothing'
         return None
     question = f'What is {relation} the {o.name}?'
-    return question, phrase(beside[0][1].colour, beside[0][1].shape) if beside else 'nothing'
+    return question, phrase(beside.colour, beside.shape) if beside else 'nothing'
 
 
 def _is_there(rng, scene):
@@ -264,8 +298,7 @@ def _is_there(rng, scene):
 
 def _where(rng, scene):
     o = pick(rng, scene.objects)
-    row, column = cell(o)
-    return None if _twins(scene, o) else (f'Where is the {o.name}?', f'row {row} column {column}')
+    return None if _twins(scene, o) else (f'Where is the {o.name}?', place(o))
 
 
 def _what_background(rng, scene):

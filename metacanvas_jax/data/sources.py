@@ -3,8 +3,8 @@
 import dataclasses
 
 from metacanvas_jax.data.shapes import LENGTH, Shapes, render
-from metacanvas_jax.data.shapes_text import ShapeTexts
-from metacanvas_jax.data.tasks import Record
+from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, plan
+from metacanvas_jax.data.tasks import Record, TextRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +20,35 @@ class ShapePictures:
     def __getitem__(self, index: int) -> Record:
         picture = Shapes(self.seed, 'train')[index]
         pixels = render(picture.scene, self.size)
-        return Record(text=picture.request.caption, pixels=pixels[None])
+        return Record(text=picture.request.caption, pixels=pixels[None], plan=plan(picture.scene))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeDialogues:
+    """Texts about scenes, with the picture where they are about one that is seen."""
+
+    texts: ShapeTexts
+    size: int
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> TextRecord:
+        text = self.texts[index]
+        pictures = () if text.scene is None else (render(text.scene, self.size),)
+        return TextRecord(user=text.user, assistant=text.assistant, pictures=pictures)
+
+
+def _dialogues(data, *kinds: str) -> ShapeDialogues:
+    return ShapeDialogues(ShapeTexts(data.seed, kinds), data.size)
 
 
 # config.data.source -> {task: source}
 SOURCES = {
     'shapes': lambda data: {'t2i': ShapePictures(data.seed, data.size)},
     'shapes_text': lambda data: {
-        'layout': ShapeTexts(data.seed, ('caption',)),
-        'dialogue': ShapeTexts(data.seed, ('describe', 'question', 'edit')),
+        'layout': _dialogues(data, 'caption'),
+        'dialogue': _dialogues(data, *(kind for kind in READ if kind != 'caption')),
+        'picture': _dialogues(data, *SEE),
     },
 }

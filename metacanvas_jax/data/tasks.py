@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+from metacanvas_jax.data.media import Media, see_image, see_video
 from metacanvas_jax.data.prompts import ChatTokenizer, make_prompts
 from metacanvas_jax.mllm.config import QwenConfig
-from metacanvas_jax.types import Batch, InputError, TextBatch, Visual
+from metacanvas_jax.mllm.windows import VisionBuckets
+from metacanvas_jax.types import Batch, InputError, Prompt, TextBatch, Visual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +42,67 @@ class Encoder:
 
     tokenizer: ChatTokenizer
     mllm: QwenConfig
-    buckets: tuple[int, ...]
+    buckets: tuple[int, ...]  # prompt tokens
+    vision_buckets: VisionBuckets
+    min_pixels: int  # of a picture as the MLLM sees it
+    max_pixels: int
     text_dropout: float = 0.0
+    plan_tokens: int = 0  # the longest plan that the MLLM writes before it draws; 0: none
 
-    def prompts(self, chats):
-        # A process sees its own rows only: several might choose several buckets for one batch.
-        buckets = self.buckets if jax.process_count() == 1 else (max(self.buckets),)
-        return make_prompts(chats, self.mllm, pad=self.tokenizer.pad, buckets=buckets)
+    def chat(self, user: str, plan: str) -> list[int]:
+        """A prompt to draw from: its response is the plan, or empty, as in the paper."""
+        return self.tokenizer.chat(user, plan if self.plan_tokens else '')[0]
+
+    def see(self, pictures: Sequence[np.ndarray]) -> list[Media]:
+        """uint8 (H, W, 3) each."""
+        return [see_image(picture, self.mllm, **self._limits()) for picture in pictures]
+
+    def watch(self, frames_FHWC: np.ndarray, fps: float) -> Media:
+        """uint8 frames, so many of them a second."""
+        return see_video(frames_FHWC, self.mllm, fps=fps, **self._limits())
+
+    def _limits(self) -> dict[str, int]:
+        return dict(min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+    def prompts(self, chats, media: Sequence[Sequence[Media]] | None = None) -> Prompt:
+        """`media` are what each chat shows; None where the task shows nothing."""
+        return make_prompts(
+            chats,
+            self.mllm,
+            pad=self.tokenizer.pad,
+            buckets=_common(self.buckets),
+            media=media,
+            vision_buckets=VisionBuckets(
+                pictures=_common(self.vision_buckets.pictures),
+                windows=_common(self.vision_buckets.windows),
+            ),
+        )
+
+
+def _common(buckets: tuple[int, ...]) -> tuple[int, ...]:
+    """A process sees its own rows only: several might choose several buckets for one batch."""
+    return buckets if jax.process_count() == 1 else (max(buckets),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One sample of any task, as a source gives it: text, and what the VAE will see.
 
-    `pixels` is (F, H, W, 3) uint8.
+    `pixels` is (F, H, W, 3) uint8; `plan` is what the MLLM could have said before it draws this.
     """
 
     text: str
     pixels: np.ndarray
+    plan: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRecord:
+    """One turn of a conversation, with uint8 (H, W, 3) pictures in front of the user's words."""
+
+    user: str
+    assistant: str
+    pictures: tuple[np.ndarray, ...] = ()
 
 
 def diffusion_batch(task: str, records: Sequence[Record], lots, encoder: Encoder) -> Batch:
@@ -67,8 +112,8 @@ def diffusion_batch(task: str, records: Sequence[Record], lots, encoder: Encoder
     """
     chats = []
     for record, lot in zip(records, lots, strict=True):
-        text = '' if lot < encoder.text_dropout else record.text
-        chats.append(encoder.tokenizer.chat(TASKS[task].prompt(text))[0])
+        text, plan = (record.text, record.plan) if lot >= encoder.text_dropout else ('', '')
+        chats.append(encoder.chat(TASKS[task].prompt(text), plan))
     pixels = np.stack([record.pixels for record in records]).astype(np.float32) / 127.5 - 1
     # One latent frame for pictures: the count of latent frames is the VAE's to say, from F.
     clean_BT = np.zeros((len(records), 1), np.float32)
@@ -77,13 +122,21 @@ def diffusion_batch(task: str, records: Sequence[Record], lots, encoder: Encoder
     )
 
 
-def text_batch(task: str, records: Sequence, lots, encoder: Encoder) -> TextBatch:
-    """Chats of (user, assistant); the loss is on the assistant's words and its end of sequence."""
+def text_batch(task: str, records: Sequence[TextRecord], lots, encoder: Encoder) -> TextBatch:
+    """The loss is on the assistant's words and its end of sequence.
+
+    Either all records of a task show pictures, or none does.
+    """
     del task, lots
+    media = [encoder.see(record.pictures) for record in records]
     chats, answers = zip(
-        *(encoder.tokenizer.chat(record.user, record.assistant) for record in records), strict=True
+        *(
+            encoder.tokenizer.chat(record.user, record.assistant, media=shown)
+            for record, shown in zip(records, media, strict=True)
+        ),
+        strict=True,
     )
-    prompt = encoder.prompts(chats)
+    prompt = encoder.prompts(chats, media if records[0].pictures else None)
     weight_BL = np.zeros(prompt.ids_BL.shape, np.float32)
     for row, (ids, answer) in enumerate(zip(chats, answers, strict=True)):
         weight_BL[row, len(ids) - answer : len(ids)] = 1

@@ -10,6 +10,7 @@ import torch
 
 from metacanvas_jax.mllm.generate import generate, greedy, nucleus
 from tests import tiny
+from tests.parity import test_qwen_vision as vision
 from tests.parity.test_qwen_language import QWEN, _ours, _theirs
 
 NEW = 64
@@ -66,6 +67,40 @@ def test_greedy_equals_transformers(tied):
     assert len(np.unique(ids)) > 10  # no model that repeats one token
     np.testing.assert_array_equal(ids, _reference(tied))
     np.testing.assert_array_equal(length, NEW)
+
+
+def _row(ids_L, media) -> dict:
+    """One prompt as the reference takes it."""
+    kinds = np.where(ids_L == vision.IMAGE, 1, np.where(ids_L == vision.VIDEO, 2, 0))
+    found = dict(
+        input_ids=torch.tensor(ids_L[None]).long(),
+        attention_mask=torch.ones(1, len(ids_L), dtype=torch.long),
+        mm_token_type_ids=torch.tensor(kinds[None]),
+    )
+    for name, kind in (('', None), ('_videos', 'video')):
+        shown = [m for m in media if (m.seconds_per_grid is None) == (kind is None)]
+        if shown:
+            found[f'pixel_values{name}'] = torch.tensor(np.concatenate([m.patches for m in shown]))
+            found[f'{kind or "image"}_grid_thw'] = torch.tensor([m.grid for m in shown])
+        if shown and kind:
+            seconds = [m.seconds_per_grid for m in shown]
+            found['second_per_grid_ts'] = torch.tensor(seconds)
+    return found
+
+
+def test_greedy_equals_transformers_with_pictures():
+    """One batch: no picture, one, three of different sizes, a video."""
+    rows = ('text', 'image', 'three images', 'video')
+    prompt, _, media = vision._batch(rows)
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    ids, _ = _generate(
+        vision._ours(), prompt, keys, choose=greedy, max_new_tokens=NEW, stop=(), pad=tiny.PAD
+    )
+    for row, length in enumerate(prompt.length_B):
+        theirs = _row(prompt.ids_BL[row, :length], media[row])
+        free = dict(max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None)
+        out = vision._theirs().generate(**theirs, **free)
+        np.testing.assert_array_equal(ids[row], out[0, length:].numpy())
 
 
 def test_a_row_ends_at_its_first_stop_token():
