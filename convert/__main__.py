@@ -17,7 +17,7 @@ from absl import flags
 from convert.checking import check_manifest, check_source
 from convert.exporting import export_weights
 from convert.importing import import_weights
-from convert.registry import FAMILIES
+from convert.registry import FAMILIES, find
 from metacanvas_jax.command import run
 from metacanvas_jax.types import InputError
 
@@ -72,6 +72,8 @@ def _read(words: list[str]) -> tuple[str, str]:
     if len(words) != count:
         want = verb if verb == 'list' else f'{verb} COMPONENT'
         raise InputError(f'want {want} and flags, got {" ".join(words)!r}')
+    if verb != 'list':
+        find(words[-1])
     return verb, words[-1]
 
 

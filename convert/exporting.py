@@ -28,11 +28,10 @@ def export_weights(
     component: str, source: str, target: str, *, layout: str | None = None, limit: int = SHARD
 ) -> str:
     """Converts the target of an import, or weights in our own names; returns a sentence."""
+    family, chosen = registry.find(component), _layout(component, layout)
     folder = pathlib.Path(source)
     if not folder.is_dir():
         raise InputError(f'no such folder: {folder}')
-    family = registry.find(component)
-    chosen = _layout(component, layout)
     shapes, get = _own(folder)
     sizes = family.sizes(folder, shapes)
     _compare(shapes, family.parameters(sizes), source)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from convert.rules import Rule, Shapes
@@ -27,15 +28,15 @@ class Family:
     # From the folder's config.json; from the shapes where a layout comes without one.
     sizes: Callable[[pathlib.Path, Shapes], Any]
     sizes_of: Callable[[nnx.Module], Any]  # with a method to_json, the published config.json
-    model: Callable[[Any, nnx.Rngs], nnx.Module]
+    model: Callable[[Any, Any, nnx.Rngs], nnx.Module]  # of the sizes and the dtype to compute in
     layouts: Mapping[str, Layout]  # the first one is exported unless another is asked for
 
     def parameters(self, sizes: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """{path: shape} of the model's parameters; nothing is allocated."""
         return parameters(self.abstract(sizes))
 
-    def abstract(self, sizes: Any) -> nnx.Module:
-        return jax.eval_shape(lambda: self.model(sizes, nnx.Rngs(0)))
+    def abstract(self, sizes: Any, dtype: Any = jnp.float32) -> nnx.Module:
+        return jax.eval_shape(lambda: self.model(sizes, dtype, nnx.Rngs(0)))
 
 
 def parameters(module: nnx.Module) -> dict[str, Any]:

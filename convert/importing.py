@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from convert import registry
-from convert.family import parameters
-from convert.rules import Match, Piece, match
+from convert.rules import Match, Piece, Shapes, match
 from convert.source import Source, open_source
 from convert.target import Writer, new_folder
 from metacanvas_jax.types import InputError
@@ -53,8 +53,7 @@ def import_weights(
 ) -> str:
     """Converts `source` into the folder `target`; returns a sentence about it."""
     opened = open_source(source)
-    abstract, found = _matched(component, opened, source)
-    shapes = _typed(found.pieces, opened, parameters(abstract), dtype)
+    _, shapes, found = _matched(component, opened, source, dtype)
     copied = [opened.folder / name for name in SETTINGS if (opened.folder / name).is_file()]
     copied += _tokenizer(opened.folder, tokenizer)
     with new_folder(pathlib.Path(target).absolute()) as folder, _digests(opened.files) as digests:
@@ -81,8 +80,7 @@ def import_weights(
 def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
     """The published weights at `path` as our module, in host memory."""
     opened = open_source(path)
-    abstract, found = _matched(component, opened, path)
-    shapes = _typed(found.pieces, opened, parameters(abstract), dtype)
+    sizes, shapes, found = _matched(component, opened, path, dtype)
     values = {name: np.empty(a.shape, a.dtype) for name, a in shapes.items()}
 
     def put(name: str, index: int | None, value: np.ndarray) -> None:
@@ -90,7 +88,8 @@ def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
 
     for piece in found.pieces:
         _convert(piece, opened, put)
-    graphdef, state = nnx.split(abstract)
+    compute = jnp.result_type(*{shape.dtype for shape in shapes.values()})
+    graphdef, state = nnx.split(registry.find(component).abstract(sizes, compute))
     cpu = jax.local_devices(backend='cpu')[0]
     filled = {
         keys: leaf.replace(jax.device_put(values['/'.join(map(str, keys))], cpu))
@@ -99,28 +98,28 @@ def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-def _matched(component: str, source: Source, where: str) -> tuple[nnx.Module, Match]:
-    """The model that the source's config describes, and how the source fills it."""
+def _matched(
+    component: str, source: Source, where: str, dtype: str | None
+) -> tuple[Any, Shapes, Match]:
+    """The sizes that the source's config names, the parameters, and how the source fills them."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f'--dtype {dtype!r} is unknown; there are: {", ".join(DTYPES)}')
     family = registry.find(component)
     layout = registry.find_layout(component, source.tensors, where)
     sizes = family.sizes(source.folder, source.tensors)
-    abstract = family.abstract(sizes)
-    found = match(layout.rules(sizes), source.tensors, parameters(abstract))
+    shapes = family.parameters(sizes)
+    found = match(layout.rules(sizes), source.tensors, shapes)
     if not found.fits:
         lists = (
             f'{len(lines)} {title}: {"; ".join(lines[:5])}{" ..." if len(lines) > 5 else ""}'
             for title, lines in found.problems().items()
         )
         raise InputError(f'{where} does not fit its config.json: {". ".join(lists)}')
-    return abstract, found
+    return sizes, _typed(found.pieces, source, shapes, dtype), found
 
 
-def _typed(
-    pieces: Sequence[Piece], source: Source, shapes: dict[str, Any], dtype: str | None
-) -> dict[str, jax.ShapeDtypeStruct]:
+def _typed(pieces: Sequence[Piece], source: Source, shapes: Shapes, dtype: str | None) -> Shapes:
     """The parameters in the dtype asked for, or in that on disk."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f'--dtype {dtype!r} is unknown; there are: {", ".join(DTYPES)}')
     kinds: dict[str, set[str]] = {path: set() for path in shapes}
     for piece in pieces:
         for path in piece.paths:

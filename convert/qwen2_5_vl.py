@@ -4,7 +4,8 @@ transformers 5 calls the same tensors `model.visual.*` and `model.language_model
 writes the published names, but files with its own names exist.
 """
 
-import jax.numpy as jnp
+from typing import Any
+
 from flax import nnx
 
 from convert.family import Family, Layout
@@ -54,8 +55,8 @@ def _vision(config: VisionConfig, prefix: str) -> list[Rule]:
     return rules
 
 
-def _model(config: QwenConfig, rngs: nnx.Rngs) -> Qwen:
-    return Qwen(config, None, remat='none', dtype=jnp.bfloat16, rngs=rngs)
+def _model(config: QwenConfig, dtype: Any, rngs: nnx.Rngs) -> Qwen:
+    return Qwen(config, None, remat='none', dtype=dtype, rngs=rngs)
 
 
 def _sizes_of(module: nnx.Module) -> QwenConfig:

@@ -199,7 +199,7 @@ def _open_pickle(file: pathlib.Path, folder: pathlib.Path) -> Source:
             f'{file} holds more than tensors and is refused, as loading it could run code; '
             'take the checkpoint in safetensors'
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
         size = file.stat().st_size
         raise InputError(f'{file} ({size} bytes) is no whole torch file: {error}') from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):

@@ -6,16 +6,13 @@ folder that is named with a number. So a digest of every array is kept beside th
 """
 
 import functools
-import gc
 import hashlib
 import json
-import logging
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from metacanvas_jax.types import InputError
+from metacanvas_jax.weights import hush
 
 
 class RunCheckpoints:
@@ -195,20 +193,9 @@ def _attempt(read: Any) -> Any:
         fine = multihost_utils.process_allgather(np.array(not reason))
         reason = reason or ('' if fine.all() else 'unreadable on another process')
     if reason:
-        _hush()
+        hush()
         raise _RejectedError(reason)
     return result
-
-
-def _hush() -> None:
-    """Drops the other reads of a failed restore, whose errors asyncio would print at exit."""
-    logger, hook = logging.getLogger('asyncio'), sys.unraisablehook
-    logger.disabled, sys.unraisablehook = True, lambda _: None
-    try:
-        gc.collect()
-        time.sleep(0.2)  # for the reads that are still on their way
-    finally:
-        logger.disabled, sys.unraisablehook = False, hook
 
 
 # ---------------------------------------------------------------- trees and digests

@@ -4,9 +4,13 @@ model.safetensors   our own paths, as a run exports them; read whole
 params/             an Orbax tree, as `convert import` writes it; each device reads its part
 """
 
+import gc
 import json
+import logging
 import os
 import pathlib
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,11 +38,8 @@ def match_weights(state: nnx.State, folder: Folder, prefix: str) -> dict[str, tu
     """
     shapes = weight_shapes(folder)
     flat = dict(nnx.to_flat_state(state))
-    paths = {'/'.join(map(str, path)): path for path in flat}
     inside = {
-        name.removeprefix(prefix): path
-        for name, path in paths.items()
-        if name.startswith(prefix) and '/lora/' not in name
+        _name(path).removeprefix(prefix): path for path in flat if comes_from_weights(path, prefix)
     }
     wrong = [
         f'{name} is {shapes[name]} there, {flat[path].shape} here'
@@ -51,6 +52,16 @@ def match_weights(state: nnx.State, folder: Folder, prefix: str) -> dict[str, tu
         more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
         raise InputError(f'{folder} does not fit this config: {"; ".join(wrong[:5])}{more}')
     return inside
+
+
+def comes_from_weights(path: tuple, prefix: str) -> bool:
+    """Whether weights of the part below `prefix` hold this parameter: all do but the LoRA."""
+    name = _name(path)
+    return name.startswith(prefix) and '/lora/' not in name
+
+
+def _name(path: tuple) -> str:
+    return '/'.join(map(str, path))
 
 
 def place_weights(state: nnx.State, folder: Folder, prefix: str) -> nnx.State:
@@ -113,10 +124,22 @@ def _restore(folder: Folder, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict
     except Exception as error:  # TensorStore's are plain ValueErrors, Orbax adds Exceptions
         if 'RESOURCE_EXHAUSTED' in str(error):  # the device is full, the file is not to blame
             raise
+        hush()
         raise InputError(
             f'{path} is damaged, convert it again: {_first_line(error.__cause__ or error)}'
         ) from error
     return dict(traverse_util.flatten_dict(restored, sep='/'))
+
+
+def hush() -> None:
+    """Drops the other reads of a failed restore, whose errors asyncio would print at exit."""
+    logger, hook = logging.getLogger('asyncio'), sys.unraisablehook
+    logger.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        gc.collect()
+        time.sleep(0.2)  # for the reads that are still on their way
+    finally:
+        logger.disabled, sys.unraisablehook = False, hook
 
 
 def _first_line(error: BaseException) -> str:

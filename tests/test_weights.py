@@ -1,14 +1,26 @@
 """Folders of weights: what a run exports, and what `convert import` writes, start a model."""
 
 import os
+import shutil
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
+import convert
+from configs import quickstart
+from convert.family import parameters
+from convert.importing import import_weights
 from metacanvas_jax.checkpoint import save_weights
+from metacanvas_jax.mllm.config import read_config
+from metacanvas_jax.pipeline import starting_model
+from metacanvas_jax.sharding import make_mesh, shardings
 from metacanvas_jax.types import InputError
-from metacanvas_jax.weights import load_weights
+from metacanvas_jax.weights import load_weights, match_weights, place_weights, weight_shapes
+from tests import published, tiny
 
 
 def test_weights_round_trip(tmp_path):
@@ -49,3 +61,110 @@ def test_bad_weights(tmp_path, data, message):
     with pytest.raises(InputError, match=message) as caught:
         load_weights(tmp_path)
     assert str(file) in str(caught.value)
+
+
+# ------------------------------------------------------------ a target of convert
+
+
+@pytest.fixture(scope='module')
+def target(tmp_path_factory):
+    room = tmp_path_factory.mktemp('weights')
+    source = published.save(room / 'published', tied=False)
+    import_weights('qwen2_5_vl', str(source), str(room / 'target'))
+    return room / 'target'
+
+
+def _abstract(folder, mesh_shape=(8, 1, 1), dtype=jnp.float32, lora=None) -> nnx.State:
+    """The parameters of a model around the MLLM, in shapes, types and places."""
+    config = read_config(folder)
+    make = lambda: nnx.Dict(mllm=tiny.qwen(nnx.Rngs(0), lora, config))
+    state = nnx.state(jax.eval_shape(make))
+    where = shardings(state, make_mesh(*mesh_shape))
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, dtype, sharding=place), state, where
+    )
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('mesh', [(8, 1, 1), (1, 2, 4), (2, 4, 1)])
+def test_a_target_is_restored_where_it_belongs(target, mesh, dtype):
+    state = place_weights(_abstract(target, mesh, dtype), target, 'mllm/')
+    module = convert.load('qwen2_5_vl', str(target.parent / 'published'))
+    values = parameters(module)
+    flat = dict(nnx.to_flat_state(state))
+    wanted = dict(nnx.to_flat_state(_abstract(target, mesh, dtype)))
+    assert {'/'.join(path) for path in flat} == {f'mllm/{name}' for name in values}
+    for path, leaf in flat.items():
+        array, value = leaf.get_value(), values['/'.join(path[1:])]
+        assert array.sharding == wanted[path].get_value().sharding
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, value.astype(dtype))
+
+
+def test_the_lora_is_left_alone(target):
+    state = place_weights(_abstract(target, lora=tiny.LORA), target, 'mllm/')
+    flat = {'/'.join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    left = {name for name, value in flat.items() if isinstance(value, jax.ShapeDtypeStruct)}
+    assert left == {name for name in flat if '/lora/' in name}
+    assert left
+
+
+def test_another_model_is_refused(target):
+    state = _abstract(target)
+    flat = dict(nnx.to_flat_state(state))
+    head = ('mllm', 'language', 'lm_head', 'kernel')
+    norm = ('mllm', 'language', 'norm', 'scale')
+    flat[norm] = flat[norm].replace(jax.ShapeDtypeStruct((65,), jnp.float32))
+    flat[('mllm', 'language', 'extra')] = flat.pop(head)
+    with pytest.raises(InputError, match='does not fit this config') as caught:
+        match_weights(nnx.from_flat_state(flat), target, 'mllm/')
+    message = str(caught.value)
+    assert 'language/norm/scale is (64,) there, (65,) here' in message
+    assert 'language/extra is missing there' in message
+    assert 'language/lm_head/kernel is unknown here' in message
+
+
+@pytest.mark.parametrize('harm', ['flip', 'delete', 'truncate'])
+def test_a_damaged_target(target, tmp_path, harm):
+    """Orbax alone would restore the flipped bit."""
+    folder = tmp_path / 'target'
+    shutil.copytree(target, folder)
+    chunks = (folder / 'params/language.layers.mlp.up_proj.kernel/c').rglob('*')
+    (file,) = (path for path in chunks if path.is_file())
+    data = bytearray(file.read_bytes())
+    data[1234] ^= 4
+    if harm == 'delete':
+        file.unlink()
+    else:
+        file.write_bytes(data if harm == 'flip' else data[:-1])
+    with pytest.raises(InputError, match=r'params is damaged, convert it again') as caught:
+        place_weights(_abstract(target), folder, 'mllm/')
+    assert '\n' not in str(caught.value)
+
+
+def test_no_orbax_tree(tmp_path):
+    (tmp_path / 'params').mkdir()
+    with pytest.raises(InputError, match='params is no Orbax checkpoint'):
+        weight_shapes(tmp_path)
+
+
+def test_a_run_starts_from_either(target, tmp_path):
+    """The same parameters as a run would export them, and as they were converted."""
+    module = convert.load('qwen2_5_vl', str(target.parent / 'published'))
+    arrays = {name: np.asarray(value) for name, value in parameters(module).items()}
+    save_weights(tmp_path / 'exported', arrays, module.config.to_json())
+    mesh = make_mesh()
+    states = []
+    for folder in (tmp_path / 'exported', target):
+        config = quickstart.get_config()
+        config.weights.mllm = str(folder)
+        config.mllm.size = None
+        _, trainable, frozen = starting_model(config, mesh)
+        states.append({**dict(nnx.to_flat_state(trainable)), **dict(nnx.to_flat_state(frozen))})
+    ours, theirs = states
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        assert leaf.get_value().sharding == theirs[path].get_value().sharding
+        np.testing.assert_array_equal(leaf.get_value(), theirs[path].get_value())
+        if path[0] == 'mllm':
+            np.testing.assert_array_equal(leaf.get_value(), arrays['/'.join(path[1:])])

@@ -30,8 +30,13 @@ def split_model(
     seed: int,
     frozen_dtype,
     mesh: Mesh,
+    given: nnx.filterlib.Filter = False,
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Structure, trainable and frozen initial values, each array where it belongs on the mesh."""
+    """Structure, trainable and frozen initial values, each array where it belongs on the mesh.
+
+    Parameters that `given` names come from elsewhere: they take no memory here, and stand in the
+    states as shapes, types and places.
+    """
 
     def init(key):
         _, trainable, frozen = nnx.split(make(key), wanted, ...)
@@ -40,10 +45,22 @@ def split_model(
         )
         return trainable, frozen
 
+    def draw(key):
+        return tuple(nnx.split_state(part, given, ...)[1] for part in init(key))
+
     key = jax.random.key(seed)
     graphdef = nnx.split(jax.eval_shape(make, key), wanted, ...)[0]
-    where = shardings(jax.eval_shape(init, key), mesh)
-    return graphdef, *jax.jit(init, out_shardings=where)(key)
+    shapes = jax.eval_shape(init, key)
+    where = shardings(shapes, mesh)
+    absent = jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, where
+    )
+    drawn = jax.jit(draw, out_shardings=shardings(jax.eval_shape(draw, key), mesh))(key)
+    trainable, frozen = (
+        nnx.merge_state(nnx.split_state(whole, given, ...)[0], part)
+        for whole, part in zip(absent, drawn, strict=True)
+    )
+    return graphdef, trainable, frozen
 
 
 def start(
