@@ -193,3 +193,5 @@ PRESETS = {
         ),
     ),
 }
+# It has read, and not yet seen.
+PRESETS['tiny_text'] = dataclasses.replace(PRESETS['tiny'], vision=None)
