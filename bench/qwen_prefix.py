@@ -96,7 +96,7 @@ def theirs(size: str, prompt: Prompt, repeats: int) -> dict[str, dict[str, float
                 tie_word_embeddings=config.tie_word_embeddings,
                 image_token_id=config.image_token_id,
                 video_token_id=config.video_token_id,
-                attn_implementation='sdpa',
+                attn_implementation='sdpa',  # pyright: ignore[reportCallIssue]
             )
         ).eval()
     assert prompt.vision is not None

@@ -4,8 +4,8 @@
 
 Captions to plans of pictures, questions about layouts, edits of layouts; about ten minutes on two
 CPU cores. It reads of all pairs of colours and shapes, as a large MLLM has. The weights that ship
-as metacanvas_jax/assets/tiny_qwen are what this wrote to WORKDIR/weights. Every plan that they write
-greedily fulfils its prompt, held-out pairs too; of questions they answer half.
+as metacanvas_jax/assets/tiny_qwen are what this wrote to WORKDIR/weights. Every plan that they
+write greedily fulfils its prompt, held-out pairs too; of the questions they answer half.
 """
 
 from ml_collections import ConfigDict

@@ -195,9 +195,11 @@ class Pipeline:
         z_1 = self._noise(indices, seed, latents) if noise is None else self._given(noise, latents)
         default = self.config.sample
         guidance = default.guidance if guidance is None else guidance
+        prompt, negative = self._pair(prompts, [negative_prompt] * len(prompts), indices, seed)
         z = self._solve(
             self._state,
-            *self._pair(prompts, [negative_prompt] * len(prompts), indices, seed),
+            prompt,
+            negative,
             self._put(z_1),
             schedule(steps or default.steps, default.shift),
             latents=latents,
