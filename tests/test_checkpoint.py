@@ -185,12 +185,13 @@ def test_a_changed_number_is_noticed(tmp_path, capfd):
 
 
 def _truncate(path):
-    file = max(_data_files(path / '2'), key=lambda file: file.stat().st_size)
-    os.truncate(file, file.stat().st_size // 2)
+    for file in _data_files(path / '2'):  # all: Orbax may leave one behind that it does not read
+        os.truncate(file, file.stat().st_size // 2)
 
 
 def _delete(path):
-    max(_data_files(path / '2'), key=lambda file: file.stat().st_size).unlink()
+    for file in _data_files(path / '2'):
+        file.unlink()
 
 
 def _stray(path):

@@ -33,7 +33,7 @@ def get_config(variant: str = 'sana'):
     config.canvas.update(grid=(2, 2), stride=4, head_dim=32)
     config.backbone.update(num_attention_heads=2, num_layers=1, num_cross_attention_heads=2)
     config.prompt.update(buckets=(64, 96), plan_tokens=8)
-    config.optimizer.update(warmup_steps=2, cooldown_steps=4)
+    config.optimizer.update(warmup_steps=2, cooldown_steps=0)
     config.checkpoint.update(every=3, keep=2)
     config.log.every = 1
     config.sample.update(every=0, steps=3)
