@@ -101,6 +101,15 @@ def test_a_target_is_restored_where_it_belongs(target, mesh, dtype):
         np.testing.assert_array_equal(array, value.astype(dtype))
 
 
+def test_zeros_are_no_loss(target, tmp_path):
+    """TensorStore leaves pieces of zeros out, if it may; Orbax then takes them for lost."""
+    zeros = lambda arrays: {name: np.zeros_like(array) for name, array in arrays.items()}
+    source = published.rewrite(target.parent / 'published', tmp_path / 'zeros', zeros)
+    import_weights('qwen2_5_vl', str(source), str(tmp_path / 'target'))
+    state = place_weights(_abstract(target), tmp_path / 'target', 'mllm/')
+    assert not any(leaf.get_value().any() for _, leaf in nnx.to_flat_state(state))
+
+
 def test_the_lora_is_left_alone(target):
     state = place_weights(_abstract(target, lora=tiny.LORA), target, 'mllm/')
     flat = {'/'.join(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
