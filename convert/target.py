@@ -25,8 +25,7 @@ from convert.rules import Shapes
 from metacanvas_jax.types import InputError
 from metacanvas_jax.weights import PARAMS
 
-# Bytes of a file. Larger ones cost twice the CPU time, as memory of 32 MiB is not used again. A
-# parameter that is smaller as a whole is one file.
+# Bytes of a file, so what a device reads at least; a parameter that is smaller as a whole is one.
 PIECE = 8 << 20
 IN_FLIGHT = 4  # pieces on their way to the disk
 
