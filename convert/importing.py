@@ -63,14 +63,14 @@ def import_weights(
         for piece in found.pieces:
             _convert(piece, opened, writer.put)
         writer.close()
+        dtypes = {path: shape.dtype.name for path, shape in shapes.items()}
+        kinds = sorted(set(dtypes.values()))
         record = {
             'component': component,
             'source': source,
             'files': digests(),
-            'dtype': {path: shape.dtype.name for path, shape in shapes.items()},
+            'dtype': kinds[0] if len(kinds) == 1 else dtypes,
         }
-        kinds = sorted(set(record['dtype'].values()))
-        record['dtype'] = kinds[0] if len(kinds) == 1 else record['dtype']
         text = json.dumps(record, indent=2) + '\n'
         (folder / 'conversion.json').write_text(text, encoding='utf-8')
     count = sum(shape.size for shape in shapes.values())

@@ -61,7 +61,8 @@ class Describer:
         Greedy at temperature 0. Answer j draws with fold_in(key(seed), indices[j]), by default j.
         """
         draw = functools.partial(jax.random.fold_in, jax.random.key(seed))
-        keys_B = jax.vmap(draw)(jnp.asarray(indices or range(len(prompts)), jnp.uint32))
+        indices = range(len(prompts)) if indices is None else indices
+        keys_B = jax.vmap(draw)(jnp.asarray(indices, jnp.uint32))
         tokenizer = self.encoder.tokenizer
         ids_BN, length_B = _program(self.mesh)(
             self.mllm,

@@ -62,7 +62,10 @@ def _weights(config: ConfigDict) -> list[tuple[str, pathlib.Path]]:
     """(where in the model, the folder) of the weights that a run starts from."""
     places = COMPONENTS[config.objective]
     given = {name: folder for name, folder in config.weights.items() if folder is not None}
-    return [(places[name], weights_folder(folder)) for name, folder in given.items()]
+    return [
+        (choose(places, name, 'config.weights'), weights_folder(folder))
+        for name, folder in given.items()
+    ]
 
 
 def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -89,16 +92,15 @@ def load(
     source: str | pathlib.Path | ConfigDict, weights: Mapping[str, str] | None = None
 ) -> 'Pipeline | Describer':
     """A train workdir or one of its steps; or a config, and the folders of its weights by name."""
-    mesh = make_mesh()
+    mesh, path = make_mesh(), None
     if isinstance(source, ConfigDict):
-        config = ConfigDict(source)
+        config = ConfigDict(source).copy_and_resolve_references()  # the caller's stays as it is
         with config.unlocked():
             config.weights.update(weights or {})
-        graphdef, trainable, frozen = starting_model(config, mesh)
     else:
-        path = pathlib.Path(source).absolute()
-        config = read_config(path)
-        graphdef, trainable, frozen = starting_model(config, mesh)
+        config = read_config(path := pathlib.Path(source).absolute())
+    graphdef, trainable, frozen = starting_model(config, mesh)
+    if path is not None:
         trainable = _trained(path, trainable, average=config.optimizer.ema > 0)
     make = choose(PIPELINES, config.objective, 'config.objective')
     return make(config, graphdef, nnx.merge_state(trainable, frozen), mesh)

@@ -82,6 +82,14 @@ def test_weights_for_text_refuse_pictures(tmp_path):
     assert_one_line(code, stderr, 'for text alone: it sees no pictures')
 
 
+def test_loading_leaves_the_config_alone():
+    config = quickstart_mllm.get_config()
+    mc.load(config, weights={'mllm': 'tiny_qwen'})
+    assert config.weights.mllm is None
+    with pytest.raises(InputError, match=r"config\.weights 'mlm' is unknown"):
+        mc.load(config, weights={'mlm': 'tiny_qwen'})
+
+
 def test_size_comes_from_the_weights():
     with pytest.raises(InputError, match=r'weights\.mllm is missing'):
         mc.load(base.get_config('qwen'))
