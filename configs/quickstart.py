@@ -79,6 +79,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         caption_channels=128,
         mlp_ratio=2.5,
         patch_size=1,
+        qk_norm=None,
     )
     config.vae = dict(kind='pixel', stride=4)
     config.flow = dict(train_shift=4.0)

@@ -2,19 +2,25 @@
 
 from collections.abc import Collection
 
-from convert import qwen2_5_vl
+from convert import qwen2_5_vl, sana
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
 FAMILIES: dict[str, Family] = {
     'qwen2_5_vl': qwen2_5_vl.FAMILY,
+    'sana': sana.FAMILY,
 }
 
 # Tensors that name a family without a table, for the message that says what a checkpoint is. The
 # first row that fits counts; a family that gets a table leaves this list.
 STRANGERS = {
     'qwen2_vl': ('visual.blocks.0.mlp.fc1.weight', 'model.layers.0.self_attn.q_proj.bias'),
-    'sana': ('transformer_blocks.0.ff.conv_inverted.weight',),
+    'an older export of sana (take the shards and their index, published beside it)': (
+        'adaln_single.linear.weight',
+        'transformer_blocks.0.ff.inverted_conv.conv.weight',
+    ),
+    'sana (native)': ('blocks.0.mlp.inverted_conv.conv.weight',),
+    'sana_video': ('transformer_blocks.0.ff.conv_temp.weight',),
     'dc_ae': ('encoder.down_blocks.0.0.conv1.weight',),
     'gemma2': ('layers.0.pre_feedforward_layernorm.weight',),
     'gemma2 (model.*)': ('model.layers.0.pre_feedforward_layernorm.weight',),
@@ -51,7 +57,8 @@ def find_layout(component: str, names: Collection[str], where: str) -> Layout:
     if (looks := looks_like(names)) is not None:
         raise InputError(f'{where} is no {component}: its names are those of {looks}')
     have = ', '.join(list(names)[:3]) or 'none'
-    want = ' or '.join(layout.signs[0] for layout in family.layouts.values())
+    lacking = ([s for s in layout.signs if s not in names] for layout in family.layouts.values())
+    want = ' or '.join(signs[0] for signs in lacking)
     raise InputError(
         f'{where} is no {component} and nothing else known: it lacks {want}; '
         f'{len(names)} tensors, such as {have}'

@@ -149,7 +149,9 @@ def test_a_tensor_is_used_once():
 LOOKS = {
     'transformer_blocks.0.attn.add_q_proj.weight': 'flux (diffusers)',
     'double_blocks.0.img_attn.qkv.weight': 'flux (native)',
-    'transformer_blocks.0.ff.conv_inverted.weight': 'sana',
+    'transformer_blocks.0.ff.conv_inverted.weight': 'sana (diffusers)',
+    'blocks.0.mlp.inverted_conv.conv.weight': 'sana (native)',
+    'transformer_blocks.0.ff.conv_temp.weight': 'sana_video',
     'blocks.0.cross_attn.norm_k.weight': 'wan (native)',
     'encoder.down_blocks.0.resnets.0.norm1.weight': 'flux_ae (diffusers)',
     'encoder.down_blocks.0.resnets.0.norm1.gamma': 'wan_vae (diffusers)',
@@ -161,7 +163,7 @@ LOOKS = {
 @pytest.mark.parametrize('name', LOOKS)
 def test_another_family_is_named(name):
     with pytest.raises(InputError, match='its names are those of') as caught:
-        registry.find_layout('qwen2_5_vl', {name, 'proj_out.weight'}, 'here')
+        registry.find_layout('qwen2_5_vl', {name, 'patch_embed.proj.weight'}, 'here')
     assert LOOKS[name] in str(caught.value)
 
 

@@ -188,6 +188,7 @@ def test_full_size_sana():
         caption_channels=2304,
         mlp_ratio=2.5,
         patch_size=1,
+        qk_norm=None,
     )
     model = jax.eval_shape(lambda: Sana(config, remat='none', dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     assert sum(parameter_sizes(model).values()) == 1_604_462_752

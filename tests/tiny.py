@@ -52,6 +52,7 @@ SANA = SanaConfig(
     caption_channels=24,
     mlp_ratio=2.5,
     patch_size=1,
+    qk_norm=None,
 )
 CANVAS = dict(
     fuse='dit',

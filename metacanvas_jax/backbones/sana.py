@@ -1,12 +1,16 @@
-"""SANA: a DiT of linear attention and Mix-FFN, without positions (arXiv 2410.10629).
+"""SANA 1.0 and 1.5: a DiT of linear attention and Mix-FFN, without positions (arXiv 2410.10629).
 
 Names are those of diffusers' SanaTransformer2DModel. Each block, for the six modulations of time:
     x += gate * LinearAttention(LN(x) (1 + scale) + shift)
     x += CrossAttention(x, context)
     x += gate * MixFFN(LN(x) (1 + scale) + shift)
+SANA 1.5 (arXiv 2501.18427) normalises q and k of both attentions.
 """
 
 import dataclasses
+import json
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +21,18 @@ from metacanvas_jax.backbones.base import Backbone
 from metacanvas_jax.layers.attention import attend, linear_attention, merge_heads, split_heads
 from metacanvas_jax.layers.linear import Linear, normal, zeros
 from metacanvas_jax.layers.mlp import GluMbConv, Mlp
-from metacanvas_jax.layers.norm import RmsNorm, layer_norm, modulate
+from metacanvas_jax.layers.norm import NoNorm, RmsNorm, layer_norm, modulate
 from metacanvas_jax.layers.patch import from_patches, to_patches
 from metacanvas_jax.layers.stack import fold, stack
 from metacanvas_jax.layers.timestep import AdaLayerNormSingle
 from metacanvas_jax.sharding import BATCH_AXES, constrain
-from metacanvas_jax.types import Patches, Visual
+from metacanvas_jax.types import InputError, Patches, Visual
+
+# config.qk_norm -> what all heads of q, and of k, go through as one vector
+QK_NORMS = {
+    None: lambda width: NoNorm(),
+    'rms_norm_across_heads': lambda width: RmsNorm(width, 1e-5),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,29 +47,106 @@ class SanaConfig:
     caption_channels: int
     mlp_ratio: float
     patch_size: int
+    qk_norm: str | None
+
+    def __post_init__(self):
+        if self.qk_norm not in QK_NORMS:
+            names = ', '.join(map(repr, QK_NORMS))
+            raise InputError(f'qk_norm {self.qk_norm!r} is unknown; there are: {names}')
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise InputError(f'{field.name} {value!r} is no positive integer')
+        if self.width % self.num_cross_attention_heads:
+            raise InputError(
+                f'width {self.width} is no multiple of num_cross_attention_heads '
+                f'{self.num_cross_attention_heads}'
+            )
 
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    def to_json(self) -> dict[str, Any]:
+        """The published config.json, which diffusers reads too."""
+        return {
+            **_FIXED,
+            **dataclasses.asdict(self),
+            'out_channels': self.in_channels,
+            'cross_attention_dim': self.width,
+            'cross_attention_head_dim': self.width // self.num_cross_attention_heads,
+        }
+
+
+# What all published models have, and diffusers assumes where a config.json does not say it.
+_FIXED = {
+    '_class_name': 'SanaTransformer2DModel',
+    'attention_bias': False,
+    'dropout': 0.0,
+    'guidance_embeds': False,  # SANA-Sprint
+    'interpolation_scale': None,  # a number would mean positions
+    'norm_elementwise_affine': False,
+    'norm_eps': 1e-6,
+    'timestep_scale': 1.0,
+}
+# What changes no number.
+_IGNORED = {
+    '_diffusers_version',
+    '_name_or_path',
+    'guidance_embeds_scale',  # read with guidance_embeds only
+    'sample_size',  # of training; without positions any size is as good
+}
+
+
+def read_config(directory: str | pathlib.Path) -> SanaConfig:
+    """From the config.json of a transformer as diffusers publishes it."""
+    path = pathlib.Path(directory) / 'config.json'
+    if not path.is_file():
+        raise InputError(f'no config.json in {directory}; give the folder of a SANA transformer')
+    names = [field.name for field in dataclasses.fields(SanaConfig)]
+    try:
+        values = {'qk_norm': None, **json.loads(path.read_text(encoding='utf-8'))}
+        values['out_channels'] = values.get('out_channels') or values['in_channels']
+        config = SanaConfig(**{name: values[name] for name in names})
+    except InputError as error:
+        raise InputError(f'{path}: {error}') from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f'{path} is not the config of a SANA transformer: {error!r}') from error
+    supported = config.to_json()
+    faults = [
+        f'{name} is {values[name]!r}, only {value!r} is supported'
+        for name, value in supported.items()
+        if values.get(name, value) != value
+    ]
+    faults += [f'{name} is unknown' for name in values.keys() - supported.keys() - _IGNORED]
+    if faults:
+        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+    return config
+
 
 class Projections(nnx.Module):
     """q, k, v and output of one attention."""
 
-    def __init__(self, width: int, *, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, bias: bool, qk_norm: str | None, rngs: nnx.Rngs):
         heads = ('embed', 'heads')
         self.to_q = Linear(width, width, heads, bias=bias, rngs=rngs)
         self.to_k = Linear(width, width, heads, bias=bias, rngs=rngs)
         self.to_v = Linear(width, width, heads, bias=bias, rngs=rngs)
         self.to_out = Linear(width, width, ('heads', 'embed'), rngs=rngs)
+        self.norm_q, self.norm_k = QK_NORMS[qk_norm](width), QK_NORMS[qk_norm](width)
+
+    def qkv(self, x_BSD, context_BLD, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k = self.norm_q(self.to_q(x_BSD)), self.norm_k(self.to_k(context_BLD))
+        v = self.to_v(context_BLD)
+        return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
 
 
 class SanaBlock(nnx.Module):
     def __init__(self, config: SanaConfig, *, rngs: nnx.Rngs):
         D = config.width
         self.heads, self.cross_heads = config.num_attention_heads, config.num_cross_attention_heads
-        self.attn1 = Projections(D, bias=False, rngs=rngs)
-        self.attn2 = Projections(D, bias=True, rngs=rngs)
+        self.attn1 = Projections(D, bias=False, qk_norm=config.qk_norm, rngs=rngs)
+        self.attn2 = Projections(D, bias=True, qk_norm=config.qk_norm, rngs=rngs)
         self.ff = GluMbConv(D, config.mlp_ratio, rngs=rngs)
         table = jax.random.normal(rngs.params(), (6, D)) * D**-0.5
         self.scale_shift_table = nnx.Param(table, axes=(None, 'embed'))
@@ -72,14 +159,12 @@ class SanaBlock(nnx.Module):
         x = rearrange(x_BhwD, 'B h w D -> B (h w) D')
 
         y = modulate(layer_norm(x, 1e-6), shift_a, scale_a)
-        attn = self.attn1
-        q, k, v = (split_heads(f(y), self.heads) for f in (attn.to_q, attn.to_k, attn.to_v))
-        x = x + gate_a * attn.to_out(merge_heads(linear_attention(q, k, v)))
+        attended = linear_attention(*self.attn1.qkv(y, y, self.heads))
+        x = x + gate_a * self.attn1.to_out(merge_heads(attended))
 
-        attn = self.attn2
-        q = split_heads(attn.to_q(x), self.cross_heads)
-        k, v = (split_heads(f(context_BLD), self.cross_heads) for f in (attn.to_k, attn.to_v))
-        x = x + attn.to_out(merge_heads(attend(q, k, v, length_B=context_length_B)))
+        q, k, v = self.attn2.qkv(x, context_BLD, self.cross_heads)
+        attended = attend(q, k, v, length_B=context_length_B)
+        x = x + self.attn2.to_out(merge_heads(attended))
 
         y = modulate(layer_norm(x, 1e-6), shift_f, scale_f)
         y = self.ff(rearrange(y, 'B (h w) D -> B h w D', h=h))

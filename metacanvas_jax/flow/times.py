@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def shifted(t, shift: float):
@@ -17,3 +18,14 @@ def draw_times(key, batch: int, shift: float) -> jax.Array:
 def schedule(steps: int, shift: float) -> jax.Array:
     """steps + 1 shifted times from 1 to 0."""
     return shifted(jnp.linspace(1.0, 0.0, steps + 1), shift)
+
+
+def dpm_schedule(steps: int, shift: float) -> tuple[jax.Array, jax.Array]:
+    """SANA's: steps + 1 sigmas from almost 1 to 0, and the time that the model is told at each.
+
+    As diffusers' DPMSolverMultistepScheduler with flow sigmas, whose models are told 1000 sigma cut
+    to whole numbers. On the host in fp64: fp32 would cut some of them one lower.
+    """
+    sigma = shifted(1 - np.linspace(1, 1 / 1000, steps + 1), shift)[::-1]
+    told = np.trunc(1000 * sigma[:-1]) / 1000
+    return jnp.asarray(sigma, jnp.float32), jnp.asarray(told, jnp.float32)

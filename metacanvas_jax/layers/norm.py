@@ -17,6 +17,13 @@ class RmsNorm(nnx.Module):
         return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+class NoNorm(nnx.Module):
+    """Where a norm stands in one version of a model and none in another."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     """Without weights, as AdaLN wants it."""
     y = x.astype(jnp.float32)

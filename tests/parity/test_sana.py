@@ -1,5 +1,6 @@
-"""Our SANA, its parts and the canvas block equal diffusers' at random weights."""
+"""Our SANA, its parts, its sampler and the canvas block equal diffusers' at random weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,29 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.normalization import AdaLayerNormSingle as TheirAdaLayerNormSingle
-from diffusers.models.transformers.sana_transformer import (
-    SanaTransformer2DModel,
-    SanaTransformerBlock,
-)
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from flax import nnx
 
-from metacanvas_jax.backbones.sana import Sana, SanaBlock, SanaConfig
+from metacanvas_jax.backbones.sana import QK_NORMS, Sana, SanaBlock, SanaConfig
 from metacanvas_jax.canvas.fusion import CanvasBlock
+from metacanvas_jax.flow.guidance import guided
+from metacanvas_jax.flow.solver import SOLVERS
 from metacanvas_jax.layers.timestep import AdaLayerNormSingle, sinusoid
 from metacanvas_jax.types import Visual
-from tests import tiny
-
-
-def _random(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
-            parameter.copy_((name == 'caption_norm.weight') + fan_in**-0.5 * noise)
-    return module.eval()
-
+from tests import published_sana, tiny
 
 # ours -> theirs, where the names differ
 NAMES = {
@@ -40,7 +30,6 @@ NAMES = {
     'time_embed.linear_2': 'time_embed.emb.timestep_embedder.linear_2',
     'linear_1': 'emb.timestep_embedder.linear_1',
     'linear_2': 'emb.timestep_embedder.linear_2',
-    'caption_norm.scale': 'caption_norm.weight',
 }
 
 
@@ -58,7 +47,8 @@ def _filled(make, theirs: torch.nn.Module, *, prefix: str = '', spare: tuple[str
         module = NAMES.get(module, module)
         if module.endswith('to_out'):
             module += '.0'
-        full = NAMES.get(name) or '.'.join(filter(None, (module, kind.replace('kernel', 'weight'))))
+        their_kind = {'kernel': 'weight', 'scale': 'weight'}.get(kind, kind)
+        full = '.'.join(filter(None, (module, their_kind)))
         if prefix and full.startswith('to_'):
             full = prefix + full
         value = weights[full]
@@ -99,7 +89,7 @@ def _bias(length_B, size: int) -> torch.Tensor:
 
 
 @functools.cache
-def _their_block():
+def _their_block(qk_norm: str | None):
     block = SanaTransformerBlock(
         dim=64,
         num_attention_heads=2,
@@ -109,28 +99,32 @@ def _their_block():
         cross_attention_dim=64,
         attention_bias=False,
         mlp_ratio=2.5,
+        qk_norm=qk_norm,
     )
-    return _random(block)
+    return published_sana.randomise(block)
 
 
 X, TIME = tiny.normal(2, 3, 5, 64), tiny.normal(2, 6, 64, seed=1)
 CONTEXT, LENGTH = tiny.normal(2, 7, 64, seed=2), np.array([4, 7])
+BLOCK = SanaConfig(
+    in_channels=1,
+    num_attention_heads=2,
+    attention_head_dim=32,
+    num_layers=1,
+    num_cross_attention_heads=4,
+    caption_channels=1,
+    mlp_ratio=2.5,
+    patch_size=1,
+    qk_norm=None,
+)
 
 
-def test_block():
-    config = SanaConfig(
-        in_channels=1,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        num_layers=1,
-        num_cross_attention_heads=4,
-        caption_channels=1,
-        mlp_ratio=2.5,
-        patch_size=1,
-    )
-    block = _filled(lambda rngs: SanaBlock(config, rngs=rngs), _their_block())
+@pytest.mark.parametrize('qk_norm', QK_NORMS)
+def test_block(qk_norm):
+    config = dataclasses.replace(BLOCK, qk_norm=qk_norm)
+    block = _filled(lambda rngs: SanaBlock(config, rngs=rngs), _their_block(qk_norm))
     with torch.no_grad():
-        theirs = _their_block()(
+        theirs = _their_block(qk_norm)(
             _torch(X).reshape(2, 15, 64),
             encoder_hidden_states=_torch(CONTEXT),
             encoder_attention_mask=_bias(LENGTH, 7),
@@ -144,7 +138,7 @@ def test_block():
 
 def test_canvas_block_is_the_block_without_cross_attention():
     """The second norm stays (spec.md section 3.3)."""
-    theirs = _random(_their_block(), seed=3)
+    theirs = published_sana.randomise(_their_block(None), seed=3)
     with torch.no_grad():
         for parameter in theirs.attn2.to_out.parameters():
             parameter.zero_()
@@ -165,7 +159,7 @@ def test_canvas_block_is_the_block_without_cross_attention():
 
 def test_time_embedding():
     """Ours takes 0..1, theirs 0..1000; six modulations and the embedding itself."""
-    theirs = _random(TheirAdaLayerNormSingle(64))
+    theirs = published_sana.randomise(TheirAdaLayerNormSingle(64))
     ours = _filled(lambda rngs: AdaLayerNormSingle(64, rngs=rngs), theirs)
     t = np.array([0.0, 0.001, 0.25, 0.5, 0.999, 1.0], np.float32)
     with torch.no_grad():
@@ -179,52 +173,127 @@ def test_time_embedding():
     assert tiny.error(found_embedding, embedding) <= 1e-5
 
 
-@pytest.mark.parametrize('patch', [1, 2])
-def test_whole_model(patch):
-    """Latents that are not square, captions of unequal length, a time for each sample."""
-    config = SanaConfig(
-        in_channels=4,
-        num_attention_heads=4,
-        attention_head_dim=16,
-        num_layers=3,
-        num_cross_attention_heads=2,
-        caption_channels=24,
-        mlp_ratio=2.5,
-        patch_size=patch,
+# ------------------------------------------------------------ the whole model
+
+Z, CAPTION = tiny.normal(2, 1, 4, 6, 4), tiny.normal(2, 7, 24, seed=1)  # neither is square
+
+
+FIELDS = [field.name for field in dataclasses.fields(SanaConfig)]
+CONFIGS = {
+    name: SanaConfig(**{field: sizes.get(field) for field in FIELDS})
+    for name, sizes in published_sana.CONFIGS.items()
+}
+
+
+def _make(name: str):
+    return lambda rngs: Sana(CONFIGS[name], remat='all', dtype=jnp.float32, rngs=rngs)
+
+
+@functools.cache
+def _whole(name: str):
+    theirs = published_sana.reference(name)
+    return _filled(_make(name), theirs), theirs
+
+
+def _their_velocity(theirs, z_B1HWC, timesteps_B, caption_BLD, length_B) -> np.ndarray:
+    mask = np.arange(caption_BLD.shape[1]) < np.asarray(length_B)[:, None]
+    out = theirs(
+        _torch(z_B1HWC[:, 0]).permute(0, 3, 1, 2),
+        encoder_hidden_states=_torch(caption_BLD),
+        timestep=torch.as_tensor(timesteps_B),
+        encoder_attention_mask=torch.tensor(mask).float(),
     )
-    theirs = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=4,
-        attention_head_dim=16,
-        num_layers=3,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=32,
-        cross_attention_dim=64,
-        caption_channels=24,
-        mlp_ratio=2.5,
-        patch_size=patch,
-        sample_size=8,
-    )
-    theirs = _random(theirs)
-    model = _filled(lambda rngs: Sana(config, remat='all', dtype=jnp.float32, rngs=rngs), theirs)
-    z, context = tiny.normal(2, 1, 4, 6, 4), tiny.normal(2, 7, 24, seed=1)
-    t = jnp.array([0.2, 0.9])
+    return out.sample.permute(0, 2, 3, 1)[:, None]
+
+
+@jax.jit
+def velocity(model, z_B1HWC, t_B, caption_BLD, length_B):
+    patches = model.patchify(z_B1HWC, Visual(clean_BT=jnp.zeros((len(z_B1HWC), 1))))
+    return model.velocity(patches, t_B[:, None], caption_BLD, length_B)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_whole_model(name):
+    """A time for each sample, the whole numbers that the sampler tells among them."""
+    model, theirs = _whole(name)
+    for timesteps in ([200.0, 900.5], [999, 136], [0, 1]):
+        t = jnp.asarray(timesteps) / 1000
+        with torch.no_grad():
+            expected = _their_velocity(theirs, Z, timesteps, CAPTION, LENGTH)
+        found = velocity(model, Z, t, CAPTION, LENGTH)
+        assert tiny.error(found, expected) <= 1e-4
+        assert found.dtype == jnp.float32
+        # What stands behind a caption's end is never read.
+        other = velocity(model, Z, t, CAPTION.at[0, 4:].set(9.0), LENGTH)
+        np.testing.assert_array_equal(other, found)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_block_of_the_whole(name):
+    """Each on what the reference's block was given."""
+    model, theirs = _whole(name)
+    seen, hooks = [], []
+    for block in theirs.transformer_blocks:
+        hooks += [block.register_forward_hook(lambda _, args, out: seen.append((*args, out)))]
     with torch.no_grad():
-        expected = theirs(
-            _torch(z[:, 0]).permute(0, 3, 1, 2),
-            encoder_hidden_states=_torch(context),
-            timestep=_torch(1000 * t),
-            encoder_attention_mask=torch.tensor(np.arange(7) < LENGTH[:, None]).float(),
-        ).sample.permute(0, 2, 3, 1)
+        _their_velocity(theirs, Z, [982, 17], CAPTION, LENGTH)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 3
+    run = jax.jit(lambda block, *args: block(*args))
+    for i, (x, _, context, _, time, h, w, out) in enumerate(seen):
+        block = jax.tree.map(lambda a, i=i: a[i], model.transformer_blocks)
+        x_BhwD = x.numpy().reshape(2, h, w, -1)
+        found = run(block, x_BhwD, time.numpy().reshape(2, 6, -1), context.numpy(), LENGTH)
+        assert tiny.error(found.reshape(out.shape), out) <= 1e-5
+
+
+@pytest.mark.parametrize('name', ['1.0', '1.5'])
+def test_gradients(name):
+    """Of every parameter."""
+    model, theirs = _whole.__wrapped__(name)
+    weight = np.asarray(tiny.normal(*Z.shape, seed=5))
+    their_v = _their_velocity(theirs, Z, [963, 500], CAPTION, LENGTH)
+    (their_v * torch.tensor(weight)).sum().backward()
+    t = jnp.array([0.963, 0.5])
+    loss = lambda model: (velocity(model, Z, t, CAPTION, LENGTH) * weight).sum()
+    found = tiny.named(jax.jit(jax.grad(loss))(model))
+    for parameter in theirs.parameters():
+        parameter.data = parameter.grad
+    expected = tiny.named(_filled(_make(name), theirs))
+    if name == '1.0':  # softmax does not see it: noise
+        size = np.abs(expected['transformer_blocks/attn2/to_q/bias']).max()
+        for gradients in (found, expected):
+            noise = gradients.pop('transformer_blocks/attn2/to_k/bias')
+            assert np.abs(noise).max() <= 1e-5 * size
+    for path, gradient in found.items():
+        assert tiny.error(gradient, expected[path]) <= 1e-4, path
+
+
+@pytest.mark.parametrize('name', ['1.0', '1.5'])
+def test_sampling(name):
+    """20 steps of guided DPM-Solver++ as in SanaPipeline, the whole of ours one program."""
+    model, theirs = _whole(name)
+    z_1, empty = tiny.normal(1, 1, 4, 6, 4, seed=7), tiny.normal(1, 7, 24, seed=8)
+    pair = np.concatenate([empty, CAPTION[:1]])
+    scheduler = DPMSolverMultistepScheduler(**published_sana.SCHEDULER)
+    scheduler.set_timesteps(20)
+    z = _torch(z_1)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            timesteps = t.expand(2) * theirs.config.timestep_scale
+            both = _their_velocity(theirs, torch.cat([z, z]), timesteps, pair, [2, 4])
+            negative, positive = both.chunk(2)
+            v = negative + 4.5 * (positive - negative)
+            z = scheduler.step(v, t, z, return_dict=False)[0]
 
     @jax.jit
-    def velocity(model, context):
-        patches = model.patchify(z, Visual(clean_BT=jnp.zeros((2, 1))))
-        return model.velocity(patches, t[:, None], context, LENGTH)
+    def sample(model, z_1):
+        def plain(z, t, plan):
+            return velocity(model, z, jnp.full(len(z), t), *plan)
 
-    found = velocity(model, context)
-    assert tiny.error(found[:, 0], expected) <= 1e-4
-    assert found.dtype == jnp.float32
-    # What stands behind a caption's end is never read.
-    np.testing.assert_array_equal(velocity(model, context.at[0, 4:].set(9.0)), found)
+        plans = (CAPTION[:1], jnp.array([4])), (empty, jnp.array([2]))
+        solver = SOLVERS['dpm++2m']
+        return solver.solve(guided(plain, *plans, 4.5), z_1, solver.times(20, 3.0))
+
+    assert tiny.error(sample(model, z_1), z) <= 1e-4
