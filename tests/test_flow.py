@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.loss import flow_loss
 from metacanvas_jax.flow.path import frame_times, noised
-from metacanvas_jax.flow.solver import euler
-from metacanvas_jax.flow.times import draw_times, schedule
-from tests import tiny
+from metacanvas_jax.flow.solver import SOLVERS, dpm_solver, euler
+from metacanvas_jax.flow.times import dpm_schedule, draw_times, schedule
+from tests import published_sana, tiny
 
 SHAPE = (2, 3, 4, 5, 2)
 Z, EPS = tiny.normal(*SHAPE), tiny.normal(*SHAPE, seed=1)
@@ -112,6 +112,74 @@ def test_more_steps_come_closer_to_the_flow():
         float(abs(euler(lambda z, t: z, 1.0, schedule(n, 1.0)) - np.exp(-1))) for n in (20, 40)
     ]
     assert errors[1] == pytest.approx(errors[0] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize('shift', [1.0, 3.0, 5.0])
+@pytest.mark.parametrize('steps', [1, 2, 7, 14, 15, 20, 28, 50, 100])
+def test_dpm_times_are_those_of_diffusers(steps, shift):
+    scheduler = DPMSolverMultistepScheduler(**published_sana.SCHEDULER | dict(flow_shift=shift))
+    scheduler.set_timesteps(steps)
+    sigma, told = dpm_schedule(steps, shift)
+    assert sigma.dtype == told.dtype == jnp.float32
+    np.testing.assert_array_equal(sigma, scheduler.sigmas)
+    np.testing.assert_array_equal(jnp.round(1000 * told), scheduler.timesteps)
+    # A thousandth in fp32 times 1000 is the whole number, or the one next to it.
+    theirs = scheduler.timesteps.numpy().astype(np.float32)
+    assert (np.abs(1000 * told - theirs) <= np.spacing(theirs)).all()
+
+
+def test_dpm_times_of_the_published_pipeline():
+    sigma, told = dpm_schedule(20, 3.0)
+    assert [round(1000 * float(t)) for t in np.asarray(told)[[0, 1, 2, 19]]] == [999, 982, 963, 136]
+    assert float(sigma[0]) == pytest.approx(0.9997, abs=5e-5)
+
+
+@pytest.mark.parametrize('shift', [1.0, 3.0])
+@pytest.mark.parametrize('steps', [1, 2, 3, 14, 15, 20])
+def test_dpm_solver_equals_diffusers(steps, shift):
+    """A velocity that is not linear in z, and depends on the time that it is told."""
+    A = 0.8 * np.random.default_rng(3).normal(size=(2, 2)).astype(np.float32)
+    scheduler = DPMSolverMultistepScheduler(**published_sana.SCHEDULER | dict(flow_shift=shift))
+    scheduler.set_timesteps(steps)
+    z = torch.tensor(np.asarray(EPS))
+    for t in scheduler.timesteps:
+        velocity = torch.sin(3 * z @ torch.tensor(A)) + z * torch.cos(5 * t / 1000)
+        z = scheduler.step(velocity, t, z).prev_sample
+    assert z.abs().max() < 10
+    velocity = lambda z, t: jnp.sin(3 * z @ A) + z * jnp.cos(5 * t)
+    found = jax.jit(lambda z: dpm_solver(velocity, z, dpm_schedule(steps, shift)))(EPS)
+    assert tiny.error(found, z) <= 1e-5
+
+
+def test_dpm_solver_tells_the_model_whole_thousandths():
+    """And moves along the sigmas: with v = t, told times alone decide the end."""
+    sigma, told = dpm_schedule(2, 3.0)
+    s, t = (np.asarray(a, np.float64) for a in (sigma, told))
+    x_0 = 1 - s[0] * t[0]
+    z = s[1] / s[0] + (1 - s[1] / s[0]) * x_0
+    found = dpm_solver(lambda z, t: jnp.full_like(z, t), jnp.ones(1), (sigma, told))
+    np.testing.assert_allclose(found, [z - s[1] * t[1]], atol=1e-6)
+
+
+def test_dpm_solver_comes_closer_than_euler():
+    """dz/dt = z along the same times; its first order alone is Euler's step."""
+    sigma, _ = dpm_schedule(20, 1.0)
+    z_1, exact = jnp.ones(()), np.exp(-float(sigma[0]))
+    ours = dpm_solver(lambda z, t: z, z_1, (sigma, sigma[:-1]))
+    eulers = euler(lambda z, t: z, z_1, sigma)
+    assert 20 * abs(float(ours) - exact) < abs(float(eulers) - exact)
+
+
+@pytest.mark.parametrize('name', SOLVERS)
+def test_solvers_by_name(name):
+    """One step along a straight path is exact; so are any number of them."""
+    solver = SOLVERS[name]
+    for steps in (1, 8):
+        times = solver.times(steps, 3.0)
+        start = jax.tree.leaves(times)[0][0]
+        z = (1 - start) * Z + start * EPS
+        found = jax.jit(lambda z, times: solver.solve(lambda z, t: EPS - Z, z, times))(z, times)
+        assert tiny.error(found, Z) <= 1e-5
 
 
 # ------------------------------------------------------------ guidance
