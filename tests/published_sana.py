@@ -33,7 +33,7 @@ SCHEDULER: dict[str, Any] = dict(
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> Any:
-    """Every parameter is random: the norms' about one, the others such that values keep size.
+    """Every parameter is random: the norms' around one, the others such that values keep size.
 
     But what goes into a norm is small: else no test would see the norm's epsilon.
     """
@@ -46,7 +46,8 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> Any:
         for name, parameter in parameters.items():
             noise = torch.randn(parameter.shape, generator=generator)
             fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
-            parameter.copy_(('norm' in name) + fan_in**-0.5 * noise)
+            norm = 'norm' in name  # of both signs: q's and k's then differ, through the ReLU
+            parameter.copy_(1 + noise if norm else fan_in**-0.5 * noise)
             if any(part in name for part in small):
                 parameter.mul_(0.01)
     return module.eval()

@@ -24,7 +24,7 @@ def dpm_schedule(steps: int, shift: float) -> tuple[jax.Array, jax.Array]:
     """SANA's: steps + 1 sigmas from almost 1 to 0, and the time that the model is told at each.
 
     As diffusers' DPMSolverMultistepScheduler with flow sigmas, whose models are told 1000 sigma cut
-    to whole numbers. On the host in fp64: fp32 would cut some of them one lower.
+    to whole numbers. On the host in fp64: in fp32 some sigmas fall on the other side of one.
     """
     sigma = shifted(1 - np.linspace(1, 1 / 1000, steps + 1), shift)[::-1]
     told = np.trunc(1000 * sigma[:-1]) / 1000
