@@ -2,12 +2,13 @@
 
 from collections.abc import Collection
 
-from convert import qwen2_5_vl
+from convert import dc_ae, qwen2_5_vl
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
 FAMILIES: dict[str, Family] = {
     'qwen2_5_vl': qwen2_5_vl.FAMILY,
+    'dc_ae': dc_ae.FAMILY,
 }
 
 # Tensors that name a family without a table, for the message that says what a checkpoint is. The
@@ -15,7 +16,6 @@ FAMILIES: dict[str, Family] = {
 STRANGERS = {
     'qwen2_vl': ('visual.blocks.0.mlp.fc1.weight', 'model.layers.0.self_attn.q_proj.bias'),
     'sana': ('transformer_blocks.0.ff.conv_inverted.weight',),
-    'dc_ae': ('encoder.down_blocks.0.0.conv1.weight',),
     'gemma2': ('layers.0.pre_feedforward_layernorm.weight',),
     'gemma2 (model.*)': ('model.layers.0.pre_feedforward_layernorm.weight',),
     'flux (diffusers)': ('transformer_blocks.0.attn.add_q_proj.weight',),
