@@ -183,8 +183,10 @@ class DownStage(nnx.Module):
         self.d_out = d_out
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        x = run_blocks(self.blocks, x_BHWC)
-        return self.down(x) + average_channels(to_depth(x), self.d_out)
+        return self.leave(run_blocks(self.blocks, x_BHWC))
+
+    def leave(self, x_BHWC: jax.Array) -> jax.Array:
+        return self.down(x_BHWC) + average_channels(to_depth(x_BHWC), self.d_out)
 
 
 class UpStage(nnx.Module):
@@ -196,8 +198,10 @@ class UpStage(nnx.Module):
         self.channels = stage.channels
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        y = self.up(x_BHWC) + to_space(repeat_channels(x_BHWC, 4 * self.channels))
-        return run_blocks(self.blocks, y)
+        return run_blocks(self.blocks, self.enter(x_BHWC))
+
+    def enter(self, x_BHWC: jax.Array) -> jax.Array:
+        return self.up(x_BHWC) + to_space(repeat_channels(x_BHWC, 4 * self.channels))
 
 
 # ------------------------------------------------------------ the whole
@@ -260,7 +264,7 @@ class Decoder(nnx.Module):
 
 
 def occupied(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Without the first stage where it has no blocks: there conv_in or conv_out changes the size."""
+    """Without an empty first stage: then conv_in, or conv_out, changes the size."""
     return stages[not stages[0].layers :]
 
 
