@@ -113,7 +113,7 @@ FAMILY = Family(
     sizes_of=_sizes_of,
     model=_model,
     layouts={
-        # All have a second stage, and name its upsampling so.
+        # The upsampling of the second stage: there is one where there are three.
         'diffusers': Layout(
             ('decoder.up_blocks.1.0.conv.weight',), _rules, 'diffusion_pytorch_model'
         )

@@ -82,16 +82,16 @@ CONFIGS = {
         decoder_act_fns='relu',
     ),
 }
-# Two stages, for laws that hold for any.
+# For laws that hold whatever the blocks.
 CONFIGS['small'] = SANA | dict(
     encoder_block_types='ResBlock',
     decoder_block_types='ResBlock',
-    encoder_block_out_channels=(4, 8),
-    decoder_block_out_channels=(4, 8),
-    encoder_layers_per_block=(1, 1),
-    decoder_layers_per_block=(1, 1),
-    encoder_qkv_multiscales=((), ()),
-    decoder_qkv_multiscales=((), ()),
+    encoder_block_out_channels=(4, 8, 8),
+    decoder_block_out_channels=(4, 8, 8),
+    encoder_layers_per_block=(1, 1, 1),
+    decoder_layers_per_block=(1, 1, 1),
+    encoder_qkv_multiscales=((), (), ()),
+    decoder_qkv_multiscales=((), (), ()),
 )
 # In latents; a head's width of tokens or less is diffusers' other way to attend.
 SIZES = {
@@ -242,10 +242,10 @@ def test_encoder_and_decoder(name, size):
     print(f'worst {error:.1e} {back:.1e}')
 
 
-@pytest.mark.parametrize('name', ['sana', 'mixed'])
-def test_in_bfloat16(name):
+def test_in_bfloat16():
     """No further from fp32 than the reference, whose norms and attention compute in fp32 too."""
-    x, config = pixels((3, 5)), ours(name).config
+    name = 'sana'
+    x, config = pixels((2, 1)), ours(name).config
     graphdef, _ = nnx.split(DcAe(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     state = jax.tree.map(lambda a: a.astype(jnp.bfloat16), nnx.state(ours(name)))
     with torch.no_grad():
@@ -268,14 +268,14 @@ def test_other_pictures_are_refused(shape):
 
 # ------------------------------------------------------------ tiles
 
-# For pictures of 20 x 14 pixels and a stride of 2.
+# For pictures of 40 x 28 pixels and a stride of 4.
 TILES = {
-    'square': Tiles(size=(8, 8), step=(6, 6)),
-    'rectangle': Tiles(size=(6, 12), step=(4, 4)),  # three tiles over each other
-    'no overlap': Tiles(size=(4, 6), step=(4, 6)),
-    'one row': Tiles(size=(20, 4), step=(16, 2)),
+    'square': Tiles(size=(16, 16), step=(12, 12)),
+    'rectangle': Tiles(size=(12, 24), step=(8, 8)),  # three tiles over each other
+    'no overlap': Tiles(size=(8, 12), step=(8, 12)),
+    'one row': Tiles(size=(40, 8), step=(32, 4)),
 }
-LARGE = jnp.tanh(tiny.normal(2, 20, 14, 3))
+LARGE = jnp.tanh(tiny.normal(2, 40, 28, 3))
 
 
 @pytest.mark.parametrize('tiles', TILES.values(), ids=TILES)
@@ -299,7 +299,7 @@ def test_tiles(tiles):
 @pytest.mark.parametrize('tiles', TILES.values(), ids=TILES)
 def test_tiles_of_a_local_autoencoder_leave_no_seam(tiles):
     """It sees nothing beyond a latent, so tiles must put every one of them in its place."""
-    vae = PixelVae(PixelConfig(stride=2), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    vae = PixelVae(PixelConfig(stride=4), dtype=jnp.float32, rngs=nnx.Rngs(0))
     tiled = TiledVae(vae, tiles)
     z = encode(tiled, LARGE[:, None])
     assert tiny.error(z, encode(vae, LARGE[:, None])) <= 1e-6
@@ -308,14 +308,14 @@ def test_tiles_of_a_local_autoencoder_leave_no_seam(tiles):
 
 def test_a_small_picture_is_one_tile():
     """Even where a second one would begin."""
-    vae = TiledVae(ours('small'), Tiles(size=(20, 14), step=(16, 10)))
+    vae = TiledVae(ours('small'), Tiles(size=(40, 28), step=(32, 20)))
     x = LARGE[:, None]
     np.testing.assert_array_equal(encode(vae, x), encode(ours('small'), x))
 
 
 @pytest.mark.parametrize(
-    ('size', 'step'), [((32, 32), (40, 24)), ((36, 35), (24, 24)), ((32, 32), (24, 11))]
+    ('size', 'step'), [((32, 32), (40, 24)), ((36, 34), (24, 24)), ((32, 32), (24, 10))]
 )
 def test_odd_tiles_are_refused(size, step):
-    with pytest.raises(InputError, match='multiples of 2 that leave no gap'):
+    with pytest.raises(InputError, match='multiples of 4 that leave no gap'):
         TiledVae(ours('small'), Tiles(size=size, step=step))
