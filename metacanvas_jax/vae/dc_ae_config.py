@@ -115,7 +115,9 @@ def _per_stage(name: str, value: Any, stages: int) -> tuple:
 
 
 # What diffusers 0.32 did, whose files do not say so.
-_UNSAID = dict(encoder_out_shortcut=True, decoder_in_shortcut=True, decoder_conv_act_fn='relu')
+_UNSAID: dict[str, Any] = dict(
+    encoder_out_shortcut=True, decoder_in_shortcut=True, decoder_conv_act_fn='relu'
+)
 
 
 def read_config(directory: str | pathlib.Path) -> DcAeConfig:
@@ -123,7 +125,7 @@ def read_config(directory: str | pathlib.Path) -> DcAeConfig:
     if not path.is_file():
         raise InputError(f'no config.json in {directory}; give the folder of a DC-AE checkpoint')
     try:
-        values = json.loads(path.read_text(encoding='utf-8'))
+        values: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
         if (kind := values.get('_class_name', 'AutoencoderDC')) != 'AutoencoderDC':
             raise ValueError(f'_class_name is {kind!r}')
         values = _UNSAID | {k: v for k, v in values.items() if not k.startswith('_')}

@@ -23,7 +23,8 @@ class Tiles:
     step: tuple[int, int]
 
     def in_latents(self, stride: int) -> 'Tiles':
-        return Tiles(*(tuple(n // stride for n in pair) for pair in (self.size, self.step)))
+        (height, width), (down, right) = self.size, self.step
+        return Tiles((height // stride, width // stride), (down // stride, right // stride))
 
 
 class TiledVae(Vae):
@@ -53,8 +54,8 @@ def _by_tiles(function: Callable, x_BFHWC, source: Tiles, target: Tiles) -> jax.
     sides = x_BFHWC.shape[2:4]
     if all(side <= size for side, size in zip(sides, source.size, strict=True)):
         return function(x_BFHWC)
-    starts = [range(0, side, step) for side, step in zip(sides, source.step, strict=True)]
-    tiles = _run(function, x_BFHWC, source.size, list(itertools.product(*starts)))
+    down, right = (range(0, side, step) for side, step in zip(sides, source.step, strict=True))
+    tiles = _run(function, x_BFHWC, source.size, list(itertools.product(down, right)))
     overlap = [size - step for size, step in zip(target.size, target.step, strict=True)]
     for i, j in tiles:
         if i:
@@ -62,7 +63,7 @@ def _by_tiles(function: Callable, x_BFHWC, source: Tiles, target: Tiles) -> jax.
         if j:
             tiles[i, j] = _fade(tiles[i, j - source.step[1]], tiles[i, j], overlap[1], axis=3)
     height, width = target.step
-    rows = [[tiles[i, j][:, :, :height, :width] for j in starts[1]] for i in starts[0]]
+    rows = [[tiles[i, j][:, :, :height, :width] for j in right] for i in down]
     return jnp.concatenate([jnp.concatenate(row, 3) for row in rows], 2)
 
 
