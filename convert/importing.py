@@ -88,7 +88,8 @@ def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
 
     for piece in found.pieces:
         _convert(piece, opened, put)
-    compute = jnp.result_type(*{shape.dtype for shape in shapes.values()})
+    dtypes = {shape.dtype for shape in shapes.values()}
+    compute = jnp.result_type(*(dtype for dtype in dtypes if dtype != np.int64))  # no counts
     graphdef, state = nnx.split(registry.find(component).abstract(sizes, compute))
     cpu = jax.local_devices(backend='cpu')[0]
     filled = {

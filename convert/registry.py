@@ -2,13 +2,14 @@
 
 from collections.abc import Collection
 
-from convert import qwen2_5_vl, sana
+from convert import dc_ae, qwen2_5_vl, sana
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
 FAMILIES: dict[str, Family] = {
     'qwen2_5_vl': qwen2_5_vl.FAMILY,
     'sana': sana.FAMILY,
+    'dc_ae': dc_ae.FAMILY,
 }
 
 # Tensors that name a family without a table, for the message that says what a checkpoint is. The
@@ -21,7 +22,6 @@ STRANGERS = {
     ),
     'sana (native)': ('blocks.0.mlp.inverted_conv.conv.weight',),
     'sana_video': ('transformer_blocks.0.ff.conv_temp.weight',),
-    'dc_ae': ('encoder.down_blocks.0.0.conv1.weight',),
     'gemma2': ('layers.0.pre_feedforward_layernorm.weight',),
     'gemma2 (model.*)': ('model.layers.0.pre_feedforward_layernorm.weight',),
     'flux (diffusers)': ('transformer_blocks.0.attn.add_q_proj.weight',),

@@ -113,7 +113,7 @@ class Rule:
     """The parameters at the paths `ours` are the tensors `published`, after `op`.
 
     A name with {i} stands for the tensors of all layers: layer i is slice i of our stacked
-    parameter, and `op` acts on one layer.
+    parameter, and `op` acts on one layer. {i+1} is for layers that are counted from one.
     """
 
     ours: str | tuple[str, ...]
@@ -154,11 +154,12 @@ def pieces(rules: Sequence[Rule], ours: Shapes) -> list[Piece]:
     for rule in rules:
         if any(path not in ours for path in rule.paths):
             continue
-        if '{i}' not in rule.names[0]:
+        if '{i' not in rule.names[0]:
             result.append(Piece(rule, rule.names, None))
             continue
         for i in range(ours[rule.paths[0]].shape[0]):
-            names = tuple(name.replace('{i}', str(i)) for name in rule.names)
+            names = (name.replace('{i}', str(i)) for name in rule.names)
+            names = tuple(name.replace('{i+1}', str(i + 1)) for name in names)
             result.append(Piece(rule, names, i))
     twice = collections.Counter(name for piece in result for name in piece.names).most_common(1)
     assert not twice or twice[0][1] == 1, f'two rules use {twice[0][0]}'

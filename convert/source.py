@@ -25,6 +25,7 @@ DTYPES = {
     'F32': np.dtype(np.float32),
     'F16': np.dtype(np.float16),
     'BF16': np.dtype(ml_dtypes.bfloat16),
+    'I64': np.dtype(np.int64),  # batches that a BatchNorm has seen
 }
 PICKLES = ('.pth', '.pt', '.bin', '.ckpt')
 # A folder may hold a file twice, such as model.fp16.safetensors; without an index these count.

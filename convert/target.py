@@ -161,9 +161,9 @@ class Reader:
 
     def get(self, path: str, index: int | None) -> np.ndarray:
         array = self._arrays[path]
-        rows = array.chunk_layout.read_chunk.shape[0 if index is None else 1]
+        chunk = array.chunk_layout.read_chunk.shape[index is not None :]
         array = array if index is None else array[index]
-        if not array.shape or rows >= array.shape[0]:
+        if not array.shape or (rows := chunk[0]) >= array.shape[0]:
             return array.read().result()
         # Left to itself TensorStore holds many pieces beside the array that they go into.
         value = np.empty(array.shape, array.dtype.numpy_dtype)

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,14 @@ from metacanvas_jax.mllm.config import PRESETS, QwenConfig, read_config
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.types import InputError
-from metacanvas_jax.vae.pixel import PixelVae
+from metacanvas_jax.vae.dc_ae import DcAe
+from metacanvas_jax.vae.dc_ae_config import DcAeConfig
+from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 
 BACKBONES = {'sana': (Sana, SanaConfig)}
-VAES = {'pixel': PixelVae}
+VAES = {'pixel': (PixelVae, PixelConfig), 'dc_ae': (DcAe, DcAeConfig)}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 # config.objective -> {config.weights.NAME: where its parameters stand in the model}
@@ -74,6 +77,12 @@ def mllm_config(config: ConfigDict) -> QwenConfig:
         differing = [f'{k}: {theirs[k]} there, {v} here' for k, v in ours.items() if theirs[k] != v]
         raise InputError(f'{folder} is not of size {config.mllm.size!r}: {"; ".join(differing)}')
     return preset
+
+
+def vae_config(config: ConfigDict) -> Any:
+    """The autoencoder's sizes; all of them have a `stride`."""
+    _, dataclass = choose(VAES, config.vae.kind, 'config.vae.kind')
+    return dataclass(**{k: v for k, v in config.vae.items() if k != 'kind'})
 
 
 def build_encoder(config: ConfigDict) -> Encoder:
@@ -132,8 +141,8 @@ def build_metacanvas(config: ConfigDict, key: jax.Array) -> MetaCanvas:
         dataclass(**sizes), remat=config.backbone.remat, dtype=dtype, rngs=_rngs(key, 'backbone')
     )
     canvas = CanvasConfig(**config.canvas)
-    vae = choose(VAES, config.vae.kind, 'config.vae.kind')
-    vae = vae(**{k: v for k, v in config.vae.items() if k != 'kind'})
+    cls, _ = choose(VAES, config.vae.kind, 'config.vae.kind')
+    vae = cls(vae_config(config), dtype=dtype, rngs=_rngs(key, 'vae'))
     if vae.channels != backbone.latent_channels:
         raise InputError(
             f'config.vae makes {vae.channels} latent channels, config.backbone takes '
@@ -165,7 +174,7 @@ def build_model(config: ConfigDict, key: jax.Array) -> nnx.Module:
 
 def check_size(config: ConfigDict, height: int, width: int) -> None:
     """Pixels must be multiples of the VAE's stride times the DiT's patch."""
-    multiple = config.vae.stride * config.backbone.patch_size
+    multiple = vae_config(config).stride * config.backbone.patch_size
     for name, size in (('height', height), ('width', width)):
         if size <= 0 or size % multiple:
             nearest = max(1, round(size / multiple)) * multiple

@@ -25,6 +25,7 @@ from metacanvas_jax.build import (
     build_model,
     check_size,
     choose,
+    vae_config,
     weights_folder,
 )
 from metacanvas_jax.checkpoint import RunCheckpoints
@@ -130,6 +131,7 @@ class Pipeline:
         static = ('latents', 'guidance', 'callback')
         self._solve = jax.jit(self._solve, static_argnames=static, out_shardings=whole)
         self._features = jax.jit(self._features, static_argnames='latents', out_shardings=whole)
+        self._decode = jax.jit(self._decode, out_shardings=whole)
 
     def with_state(self, state: nnx.State) -> 'Pipeline':
         """The same programs with other parameters of the same shapes."""
@@ -213,7 +215,7 @@ class Pipeline:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Pictures (B, H, W, 3) uint8."""
         with jax.set_mesh(self._mesh):
-            pixels = self._model(self._state).vae.decode(jnp.asarray(latents))
+            pixels = self._decode(self._state, jnp.asarray(latents))
         return np.asarray(jnp.clip(jnp.round(pixels * 127.5 + 127.5), 0, 255), np.uint8)[:, 0]
 
     def canvas_features(
@@ -262,6 +264,9 @@ class Pipeline:
             return euler(lambda z, t: velocity(z, t, plan), z_1, times)
         return euler(guided(velocity, plan, model.plan(negative, latents), guidance), z_1, times)
 
+    def _decode(self, state, z):
+        return self._model(state).vae.decode(z)
+
     def _features(self, state, prompt, z, t, *, latents):
         model = self._model(state)
         clean_BT = jnp.zeros(z.shape[:2])
@@ -274,7 +279,7 @@ class Pipeline:
     def _latents(self, size: tuple[int | None, int | None]) -> tuple[int, int, int]:
         height, width = (self.config.data.size if side is None else side for side in size)
         check_size(self.config, height, width)
-        stride = self.config.vae.stride
+        stride = vae_config(self.config).stride
         return 1, height // stride, width // stride
 
     def _channels(self) -> int:

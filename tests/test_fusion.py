@@ -311,18 +311,21 @@ def _plain_conv(x, kernel):
         x,
         kernel[:, :, None],
         (1, 1),
-        ((1, 1), (1, 1)),
+        'SAME',
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         feature_group_count=x.shape[-1],
         precision='highest',
     )
 
 
-@pytest.mark.parametrize('size', [(4, 6), (5, 7), (1, 1), (3, 1), (2, 65)])
+@pytest.mark.parametrize(
+    ('size', 'k'),
+    [((4, 6), 3), ((5, 7), 3), ((1, 1), 3), ((3, 1), 3), ((2, 65), 3), ((3, 7), 5), ((1, 1), 5)],
+)
 @pytest.mark.parametrize('branch', ['cpu', 'default'])
-def test_depthwise_convolution_and_its_gradient(size, branch, monkeypatch):
+def test_depthwise_convolution_and_its_gradient(size, k, branch, monkeypatch):
     """Cross-correlation with zero padding, as a CPU and as a GPU compute it; and by autodiff."""
-    x, kernel = tiny.normal(2, *size, 4), tiny.normal(3, 3, 4, seed=1)
+    x, kernel = tiny.normal(2, *size, 4), tiny.normal(k, k, 4, seed=1)
     weight = tiny.normal(2, *size, 4, seed=2)
     monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *args, **ways: ways[branch](*args))
 

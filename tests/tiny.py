@@ -25,7 +25,7 @@ from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.sharding import MESH_AXES
 from metacanvas_jax.types import Patches, Prompt
-from metacanvas_jax.vae.pixel import PixelVae
+from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
 
 QWEN = QwenConfig(
     vocab_size=61,
@@ -138,7 +138,11 @@ def metacanvas(
             context=ContextConnector(context, width, dit.context_width, rngs=rngs),
             canvas=NoCanvas() if none else Canvas(config, width, dit, rngs=rngs),
             backbone=dit,
-            vae=PixelVae(round((dit.latent_channels / 3) ** 0.5)),
+            vae=PixelVae(
+                PixelConfig(stride=round((dit.latent_channels / 3) ** 0.5)),
+                dtype=jnp.float32,
+                rngs=rngs,
+            ),
         )
 
     return make

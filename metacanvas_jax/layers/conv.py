@@ -4,53 +4,78 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metacanvas_jax.layers.linear import xavier
+
+
+class Conv(nnx.Module):
+    """k x k cross-correlation, zero padding of k // 2; `stride` 2 halves an even picture."""
+
+    def __init__(self, d_in: int, d_out: int, *, size: int, stride: int, bias: bool, rngs):
+        kernel = xavier(rngs.params(), (size, size, d_in, d_out))
+        self.kernel = nnx.Param(kernel, axes=(None, None, 'channels', 'embed'))
+        self.bias = nnx.Param(jnp.zeros(d_out), axes=('embed',)) if bias else None
+        self.stride = stride
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x_BHWC.dtype)
+        y = jax.lax.conv_general_dilated(
+            x_BHWC,
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=[(side // 2, side // 2) for side in kernel.shape[:2]],
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
 
 @jax.custom_vjp
-def depthwise_conv(x_BHWC: jax.Array, kernel_33C: jax.Array) -> jax.Array:
-    """3 x 3 cross-correlation per channel, zero padding, as nine shifted multiply-adds.
+def depthwise_conv(x_BHWC: jax.Array, kernel_kkC: jax.Array) -> jax.Array:
+    """k x k cross-correlation per channel (k odd), zero padding, as shifted multiply-adds.
 
-    A grouped convolution is 10 to 34 times slower on CPU and its gradient worse; on GPU the nine
-    terms fuse into one kernel.
+    A grouped convolution is 10 to 34 times slower on CPU and its gradient worse; on GPU the terms
+    fuse into one kernel.
     """
-    return jax.lax.platform_dependent(x_BHWC, kernel_33C, cpu=_by_images, default=_correlate)
+    return jax.lax.platform_dependent(x_BHWC, kernel_kkC, cpu=_by_images, default=_correlate)
 
 
-def _correlate(x_BHWC, kernel_33C) -> jax.Array:
-    first, *rest = (x * kernel_33C[n // 3, n % 3] for n, x in enumerate(_shifts(x_BHWC)))
+def _correlate(x_BHWC, kernel_kkC) -> jax.Array:
+    k = len(kernel_kkC)
+    first, *rest = (x * kernel_kkC[n // k, n % k] for n, x in enumerate(_shifts(x_BHWC, k)))
     return sum(rest, start=first)
 
 
-def _shifts(x_BHWC):
-    """The nine neighbours of every pixel."""
+def _shifts(x_BHWC, k: int):
+    """The k x k neighbours of every pixel."""
     H, W = x_BHWC.shape[1:3]
-    padded = jnp.pad(x_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return [padded[:, i : i + H, j : j + W] for i in range(3) for j in range(3)]
+    edge = (k // 2, k // 2)
+    padded = jnp.pad(x_BHWC, ((0, 0), edge, edge, (0, 0)))
+    return [padded[:, i : i + H, j : j + W] for i in range(k) for j in range(k)]
 
 
-def _gradients(x_BHWC, kernel_33C, g_BHWC):
-    products = (jnp.einsum('BHWC,BHWC->C', x, g_BHWC) for x in _shifts(x_BHWC))
-    kernel_9C = jnp.stack(list(products))
-    return _correlate(g_BHWC, kernel_33C[::-1, ::-1]), kernel_9C.reshape(kernel_33C.shape)
+def _gradients(x_BHWC, kernel_kkC, g_BHWC):
+    shifts = _shifts(x_BHWC, len(kernel_kkC))
+    kernel_nC = jnp.stack([jnp.einsum('BHWC,BHWC->C', x, g_BHWC) for x in shifts])
+    return _correlate(g_BHWC, kernel_kkC[::-1, ::-1]), kernel_nC.reshape(kernel_kkC.shape)
 
 
-# XLA's CPU backend fuses the nine terms into each of their uses and computes them again there, and
+# XLA's CPU backend fuses the terms into each of their uses and computes them again there, and
 # takes six times too long over the sum of the kernel's gradient. A loop over images keeps both in
 # their places, and in the cache.
 
 
-def _by_images(x_BHWC, kernel_33C):
-    return jax.lax.map(lambda x_HWC: _correlate(x_HWC[None], kernel_33C)[0], x_BHWC)
+def _by_images(x_BHWC, kernel_kkC):
+    return jax.lax.map(lambda x_HWC: _correlate(x_HWC[None], kernel_kkC)[0], x_BHWC)
 
 
-def _gradients_by_images(x_BHWC, kernel_33C, g_BHWC):
-    def step(total_9C, image):
+def _gradients_by_images(x_BHWC, kernel_kkC, g_BHWC):
+    def step(total_nC, image):
         x, g = (a[None] for a in image)
-        products = jnp.stack([_sum_pixels(shift * g) for shift in _shifts(x)])
-        return total_9C + products, _correlate(g, kernel_33C[::-1, ::-1])[0]
+        products = jnp.stack([_sum_pixels(shift * g) for shift in _shifts(x, len(kernel_kkC))])
+        return total_nC + products, _correlate(g, kernel_kkC[::-1, ::-1])[0]
 
-    zero_9C = jnp.zeros((9, kernel_33C.shape[-1]), g_BHWC.dtype)
-    kernel_9C, x_grad = jax.lax.scan(step, zero_9C, (x_BHWC, g_BHWC))
-    return x_grad, kernel_9C.reshape(kernel_33C.shape)
+    zero_nC = jnp.zeros((kernel_kkC[..., 0].size, kernel_kkC.shape[-1]), g_BHWC.dtype)
+    kernel_nC, x_grad = jax.lax.scan(step, zero_nC, (x_BHWC, g_BHWC))
+    return x_grad, kernel_nC.reshape(kernel_kkC.shape)
 
 
 def _sum_pixels(x_1HWC):
@@ -63,8 +88,8 @@ def _sum_pixels(x_1HWC):
     return x[0]
 
 
-def _forward(x_BHWC, kernel_33C):
-    return depthwise_conv(x_BHWC, kernel_33C), (x_BHWC, kernel_33C)
+def _forward(x_BHWC, kernel_kkC):
+    return depthwise_conv(x_BHWC, kernel_kkC), (x_BHWC, kernel_kkC)
 
 
 def _backward(saved, g_BHWC):
@@ -75,11 +100,11 @@ depthwise_conv.defvjp(_forward, _backward)
 
 
 class DepthwiseConv(nnx.Module):
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        kernel = nnx.initializers.uniform(2 / 3)(rngs.params(), (3, 3, width)) - 1 / 3
+    def __init__(self, width: int, *, size: int, bias: bool, rngs: nnx.Rngs):
+        kernel = nnx.initializers.uniform(2 / size)(rngs.params(), (size, size, width)) - 1 / size
         self.kernel = nnx.Param(kernel, axes=(None, None, 'mlp'))
-        self.bias = nnx.Param(jnp.zeros(width), axes=('mlp',))
+        self.bias = nnx.Param(jnp.zeros(width), axes=('mlp',)) if bias else None
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        dtype = x_BHWC.dtype
-        return depthwise_conv(x_BHWC, self.kernel[...].astype(dtype)) + self.bias[...].astype(dtype)
+        y = depthwise_conv(x_BHWC, self.kernel[...].astype(x_BHWC.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)

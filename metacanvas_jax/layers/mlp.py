@@ -52,7 +52,7 @@ class GluMbConv(nnx.Module):
     def __init__(self, width: int, ratio: float, *, rngs: nnx.Rngs):
         hidden = int(ratio * width)
         self.conv_inverted = Linear(width, 2 * hidden, ('embed', 'mlp'), rngs=rngs)
-        self.conv_depth = DepthwiseConv(2 * hidden, rngs=rngs)
+        self.conv_depth = DepthwiseConv(2 * hidden, size=3, bias=True, rngs=rngs)
         self.conv_point = Linear(hidden, width, ('mlp', 'embed'), bias=False, rngs=rngs)
 
     def __call__(self, x_BhwD: jax.Array) -> jax.Array:

@@ -5,16 +5,50 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+def rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Without weights. Rounded before them, as Qwen and diffusers do: it matters in bf16."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
 class RmsNorm(nnx.Module):
     def __init__(self, width: int, eps: float):
         self.scale = nnx.Param(jnp.ones(width), axes=(None,))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        # Rounded before the weight, as Qwen and diffusers do: it matters in bf16.
-        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return rms_norm(x, self.eps) * self.scale[...].astype(x.dtype)
+
+
+class BiasedRmsNorm(nnx.Module):
+    """RmsNorm(x) + bias: that of DC-AE, over channels."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = (a[...].astype(x.dtype) for a in (self.scale, self.bias))
+        return rms_norm(x, self.eps) * scale + bias
+
+
+class FrozenBatchNorm(nnx.Module):
+    """A BatchNorm2d that has been trained: an affine map by the statistics it remembers."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.mean = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.var = nnx.Param(jnp.ones(width), axes=(None,))
+        self.count = nnx.Param(jnp.zeros((), int), axes=())  # of batches: kept for the export
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.eps)
+        y = (x.astype(jnp.float32) - self.mean[...]) * scale + self.bias[...]
+        return y.astype(x.dtype)
 
 
 class NoNorm(nnx.Module):

@@ -1,12 +1,20 @@
 """Space to depth: a lossless autoencoder without parameters, for the quickstart."""
 
+import dataclasses
+
 from metacanvas_jax.layers.patch import from_patches, to_patches
 from metacanvas_jax.vae.base import Vae
 
 
+@dataclasses.dataclass(frozen=True)
+class PixelConfig:
+    stride: int
+
+
 class PixelVae(Vae):
-    def __init__(self, stride: int):
-        self.stride, self.channels = stride, 3 * stride**2
+    def __init__(self, config: PixelConfig, *, dtype, rngs):
+        del dtype, rngs  # it computes nothing
+        self.stride, self.channels = config.stride, 3 * config.stride**2
 
     def encode(self, x_BFHWC):
         return to_patches(x_BFHWC, self.stride)
