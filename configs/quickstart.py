@@ -48,8 +48,8 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.mllm = dict(size='tiny', remat='all', lora=dict(rank=0, alpha=0.0, dropout=0.0))
     config.prompt = dict(
         tokenizer='tiny_qwen',
-        buckets=(64, 128),
-        plan_tokens=40,
+        buckets=(56, 128),
+        plan_tokens=24,
         pictures=(1,),
         windows=(4,),
         min_pixels=64 * 64,

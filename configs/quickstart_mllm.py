@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
     config.weights.mllm = None
     config.mllm.size = 'tiny_text'
     config.trainable = ('.*',)
-    config.prompt.buckets = (64, 96)
+    config.prompt.buckets = (64, 72)
     config.data.source = 'shapes_text'
-    config.data.tasks = dict(layout=0.6, dialogue=0.4)
+    config.data.tasks = dict(layout=0.4, dialogue=0.6)
     config.optimizer.lr = 1.5e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.cooldown_steps = 1200

@@ -277,8 +277,9 @@ def test_edits_are_balanced(edits):
     assert all(abs(sides[s] / sides.total() - 1 / 4) < 0.08 for s in shapes.SIDES)
 
 
-PLACE = re.compile(rf'({COLOUR}) ({SHAPE}) (top|bottom) (left|right)')
-ROWS, COLUMNS = ('top', 'bottom'), ('left', 'right')
+PLACE = re.compile(rf'({COLOUR}) ({SHAPE}) (north|south)(west|east)')
+ROWS, COLUMNS = ('north', 'south'), ('west', 'east')
+CORNERS = [f'{row}{column}' for row in ROWS for column in COLUMNS]
 
 
 def places(sentence):
@@ -321,11 +322,13 @@ def test_held_out_pairs_are_read_of_but_not_seen(texts):
 def test_texts_keep_their_shares(texts):
     kinds = Counter()
     for t in texts:
-        question = t.user.endswith('?')
-        kinds['question' if question else t.user.split()[0]] += 1
-    shares = {'Please': 0.5, 'Describe:': 0.1, 'question': 0.25, 'Picture:': 0.15}
+        if t.user.endswith('is where?'):
+            kinds['lookup'] += 1
+        else:
+            kinds['question' if t.user.endswith('?') else t.user.split()[0]] += 1
+    shares = {'Please': 0.5, 'Describe:': 0.1, 'question': 0.25, 'Picture:': 0.15, 'lookup': 0.5}
     assert {*kinds} == {*shares}
-    assert all(abs(kinds[k] / DRAWS - share) < 0.03 for k, share in shares.items())
+    assert all(abs(kinds[k] / DRAWS - share / 1.5) < 0.03 for k, share in shares.items())
     assert texts[:50] == [ShapeTexts(0, shapes_text.READ)[i] for i in range(50)]
 
 
@@ -339,6 +342,20 @@ def test_answers_follow_from_the_layout(texts):
         named = PAIR.search(question)
         mine = [o for o in objects if named and o[:2] == named.groups()]
         words = question.rstrip('?').split()
+        if words[-1] in ('where', *CORNERS):
+            said = {
+                'What is': lambda o: f'{o[0]} {o[1]}',
+                'What colour': lambda o: o[0],
+                'What shape': lambda o: o[1],
+            }[' '.join(words[:2])]
+            at = {f'{ROWS[o[2]]}{COLUMNS[o[3]]}': said(o) for o in objects}
+            told_of = {corner: at.get(corner, 'nothing') for corner in CORNERS}
+            if words[-1] == 'where':
+                assert t.assistant == ', '.join(f'{k} {v}' for k, v in told_of.items())
+            else:
+                assert t.assistant == told_of[words[-1]]
+                answers['nothing' if t.assistant == 'nothing' else 'something'] += 1
+            continue
         match words[:2]:
             case 'How', 'many':
                 kind = next(s for s in SHAPES if words[2].startswith(s))
@@ -350,7 +367,7 @@ def test_answers_follow_from_the_layout(texts):
                 right = {'yes' if mine else 'no'}
                 answers[t.assistant] += 1
             case 'Where', 'is':
-                right = {f'{ROWS[o[2]]} {COLUMNS[o[3]]}' for o in mine}
+                right = {f'{ROWS[o[2]]}{COLUMNS[o[3]]}' for o in mine}
             case 'What', 'is' if words[-1] == 'background':
                 right = {told.split()[-1]}
             case _:
@@ -365,7 +382,9 @@ def test_answers_follow_from_the_layout(texts):
                 assert right == {found.groups() if found else 'nothing'}
                 continue
         assert right == {t.assistant}
-    assert abs(answers['yes'] / answers.total() - 0.5) < 0.15
+    assert abs(answers['yes'] / (answers['yes'] + answers['no']) - 0.5) < 0.15
+    assert answers['nothing'] > 20
+    assert answers['something'] > 20
 
 
 def test_tokenizer_is_rebuilt_byte_by_byte(tmp_path):
@@ -388,9 +407,10 @@ def test_words_of_the_world_are_one_token(tokenizer, texts):
     for t in texts:
         for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(f'{t.user}\n{t.assistant}'):
             assert len(tokenizer.model.tokenize(piece)) == 1
-    words = (*COLOURS, *SHAPES, *shapes.BACKGROUNDS, *shapes.NUMBERS)
-    for word in (*words, *ROWS, *COLUMNS, 'yes', 'no'):
+    for word in (*COLOURS, *SHAPES, *shapes.BACKGROUNDS, *shapes.PLACES, *shapes.SIDES):
         assert len(tokenizer.encode(f' {word}').ids) == 1
+    for word in (*COLOURS, *shapes.NUMBERS, *shapes.PLACES, 'nothing', 'yes', 'no'):  # answers
+        assert len(tokenizer.encode(word).ids) == 1
     assert len(tokenizer.encode(shapes_text.SYSTEM).ids) == 6
 
 

@@ -41,10 +41,10 @@ SIDES = {'left': (0, -1), 'right': (0, 1), 'top': (1, -1), 'bottom': (1, 1)}  # 
 RADIUS = 3 / 16  # 12 of 32 pixels wide, on multiples of 4: whole patches of the quickstart
 _LOW, _HIGH = RADIUS, 1 - RADIUS
 PLACES = {  # (x, y) of centres, in reading order
-    'top left': (_LOW, _LOW),
-    'top right': (_HIGH, _LOW),
-    'bottom left': (_LOW, _HIGH),
-    'bottom right': (_HIGH, _HIGH),
+    'northwest': (_LOW, _LOW),
+    'northeast': (_HIGH, _LOW),
+    'southwest': (_LOW, _HIGH),
+    'southeast': (_HIGH, _HIGH),
 }
 ARM = 0.36  # half the width of a cross's arm, in radii
 LENGTH = 2**31 - 1

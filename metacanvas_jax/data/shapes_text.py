@@ -74,12 +74,6 @@ _CHAT_TEMPLATE = (
     '{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
 )
 _TEXTS = 4000  # records the tokenizer is trained on
-# Read once, so that it takes only the merges that the world leaves over.
-_ENGLISH = (
-    'One thing or no thing: say one, or zero, or nothing. Is it here? Say yes or no: yes if there '
-    'is one, no if there is no such thing. There is zero or one, yes or no, one thing or nothing, '
-    'and a place where there is nothing has zero things in it, not one.\n'
-)
 
 
 @dataclass(frozen=True)
@@ -133,6 +127,15 @@ def _question(rng, split: str) -> Text:
     return Text(f'Picture: {layout(seen.scene)}. {seen.user}', seen.assistant)
 
 
+def _lookup(rng, split: str) -> Text:
+    """All places at once, of a layout in any order."""
+    scene = _draw_scene(rng, _told(rng, split))
+    shuffled = [scene.objects[i] for i in rng.random(len(scene.objects)).argsort()]
+    what, say = pick(rng, _LOOKUPS)
+    there = ', '.join(f'{name} {_at(scene, name, say)}' for name in PLACES)
+    return Text(f'Picture: {_sentence(shuffled, scene)}. {what} is where?', there)
+
+
 def _edit(rng, split: str) -> Text:
     edit = draw_edit(rng, pick(rng, EDITS), _told(rng, split))
     return Text(f'Picture: {layout(edit.source)}. {edit.instruction}', layout(edit.target))
@@ -162,11 +165,12 @@ TEXTS = {
     'describe': (0.1, _describe),
     'question': (0.25, _question),
     'edit': (0.15, _edit),
+    'lookup': (0.5, _lookup),
     'picture_layout': (0.3, _picture_layout),
     'picture_question': (0.5, _picture_question),
     'picture_edit': (0.2, _picture_edit),
 }
-READ = ('caption', 'describe', 'question', 'edit')
+READ = ('caption', 'describe', 'question', 'edit', 'lookup')
 SEE = ('picture_layout', 'picture_question', 'picture_edit')
 
 
@@ -192,7 +196,7 @@ def _reading_order(o: Object) -> tuple[float, float]:
 
 
 def _sentence(objects: Sequence[Object], scene: Scene) -> str:
-    parts = [f'{phrase(o.colour, o.shape)} {place(o)}' for o in objects]
+    parts = [f'{o.name} {place(o)}' for o in objects]
     return ', '.join([*parts, f'on {scene.background}'])
 
 
@@ -244,7 +248,6 @@ def _corpus():
         yield f'system\n{SYSTEM}\n'
         yield f'user\n{text.user}\n'
         yield f'assistant\n{text.assistant}\n'
-    yield _ENGLISH
 
 
 def _draw_scene(rng, split: str) -> Scene:
@@ -296,6 +299,12 @@ def _is_there(rng, scene):
     return f'Is there {phrase(*pick(rng, [p for p in TRAIN_PAIRS if p not in here]))}?', 'no'
 
 
+def _what_is_at(rng, scene):
+    what, say = pick(rng, _LOOKUPS)
+    name = pick(rng, tuple(PLACES))
+    return f'{what} is {name}?', _at(scene, name, say)
+
+
 def _where(rng, scene):
     o = pick(rng, scene.objects)
     return None if _twins(scene, o) else (f'Where is the {o.name}?', place(o))
@@ -305,11 +314,30 @@ def _what_background(rng, scene):
     return 'What is the background?', scene.background
 
 
+def _at(scene: Scene, name: str, say) -> str:
+    """What `say` says of the object at a place."""
+    return next((say(o) for o in scene.objects if place(o) == name), 'nothing')
+
+
 def _twins(scene: Scene, o: Object) -> bool:
     return sum(other.name == o.name for other in scene.objects) > 1
 
 
-_QUESTIONS = (_how_many, _what_colour, _what_is_beside, _is_there, _where, _what_background)
+_QUESTIONS = (
+    _how_many,
+    _what_colour,
+    _what_is_beside,
+    _is_there,
+    _what_is_at,
+    _what_is_at,
+    _where,
+    _what_background,
+)
+_LOOKUPS = (  # what is asked of a place, and what is said of the object there
+    ('What', lambda o: o.name),
+    ('What colour', lambda o: o.colour),
+    ('What shape', lambda o: o.shape),
+)
 
 
 if __name__ == '__main__':

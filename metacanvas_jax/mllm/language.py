@@ -22,8 +22,6 @@ from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.positions import mrope_angles
 from metacanvas_jax.sharding import BATCH_AXES, constrain
 
-init = normal(0.02)
-
 
 class Attention(nnx.Module):
     """Grouped-query attention with q, k, v biases."""
@@ -31,6 +29,7 @@ class Attention(nnx.Module):
     def __init__(self, config: QwenConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs):
         width, E = config.hidden_size, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        init = normal(config.initializer_range)
         linear = functools.partial(Linear, lora=lora, init=init, rngs=rngs)
         self.q_proj = linear(width, self.heads * E, ('embed', 'heads'))
         self.k_proj = linear(width, self.kv_heads * E, ('embed', 'kv'))
@@ -67,6 +66,7 @@ class Layer(nnx.Module):
         self.input_layernorm = RmsNorm(width, eps)
         self.self_attn = Attention(config, lora, rngs=rngs)
         self.post_attention_layernorm = RmsNorm(width, eps)
+        init = normal(config.initializer_range)
         self.mlp = SwiGlu(width, config.intermediate_size, lora=lora, init=init, rngs=rngs)
 
     def prefix(self, x, angles, length_B):
@@ -97,6 +97,7 @@ class LanguageModel(nnx.Module):
         self, config: QwenConfig, lora: LoraConfig | None, *, remat: str, dtype, rngs: nnx.Rngs
     ):
         self.config, self.remat, self.dtype = config, remat, dtype
+        init = normal(config.initializer_range)
         table = init(rngs.params(), (config.vocab_size, config.hidden_size))
         self.embed_tokens = nnx.Param(table, axes=('vocab', 'embed'))
         self.layers = stack(

@@ -25,7 +25,6 @@ from metacanvas_jax.sharding import BATCH_AXES, constrain
 from metacanvas_jax.types import Array, Vision
 
 EPS, THETA = 1e-6, 1e4  # in no config.json
-init = normal(0.02)
 
 
 @struct.dataclass
@@ -56,6 +55,7 @@ def find_places(vision: Vision, config: VisionConfig) -> Places:
 class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         width, self.heads = config.hidden_size, config.num_heads
+        init = normal(config.initializer_range)
         linear = functools.partial(Linear, init=init, rngs=rngs)
         self.qkv = linear(width, 3 * width, ('embed', 'heads'))
         self.proj = linear(width, width, ('heads', 'embed'))
@@ -88,7 +88,12 @@ class VisionBlock(nnx.Module):
         self.norm1, self.norm2 = RmsNorm(width, EPS), RmsNorm(width, EPS)
         self.attn = VisionAttention(config, rngs=rngs)
         self.mlp = SwiGlu(
-            width, config.intermediate_size, lora=None, bias=True, init=init, rngs=rngs
+            width,
+            config.intermediate_size,
+            lora=None,
+            bias=True,
+            init=normal(config.initializer_range),
+            rngs=rngs,
         )
 
     def __call__(self, x_BIVPD, places: Places, full):
@@ -104,6 +109,7 @@ class Merger(nnx.Module):
     def __init__(self, config: VisionConfig, merge: int, *, rngs: nnx.Rngs):
         width = merge**2 * config.hidden_size
         self.ln_q, self.merge = RmsNorm(config.hidden_size, EPS), merge
+        init = normal(config.initializer_range)
         self.fc1 = Linear(width, width, ('embed', 'mlp'), init=init, rngs=rngs)
         self.fc2 = Linear(width, config.out_hidden_size, ('mlp', 'embed'), init=init, rngs=rngs)
 
@@ -121,7 +127,7 @@ class VisionTower(nnx.Module):
             sizes.hidden_size,
             ('channels', 'embed'),
             bias=False,
-            init=init,
+            init=normal(sizes.initializer_range),
             rngs=rngs,
         )
         self.blocks = stack(lambda rngs: VisionBlock(sizes, rngs=rngs), sizes.depth, rngs)
