@@ -2,11 +2,12 @@
 
 from collections.abc import Collection
 
-from convert import qwen2_5_vl
+from convert import gemma2, qwen2_5_vl
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
 FAMILIES: dict[str, Family] = {
+    'gemma2': gemma2.FAMILY,
     'qwen2_5_vl': qwen2_5_vl.FAMILY,
 }
 
@@ -16,8 +17,6 @@ STRANGERS = {
     'qwen2_vl': ('visual.blocks.0.mlp.fc1.weight', 'model.layers.0.self_attn.q_proj.bias'),
     'sana': ('transformer_blocks.0.ff.conv_inverted.weight',),
     'dc_ae': ('encoder.down_blocks.0.0.conv1.weight',),
-    'gemma2': ('layers.0.pre_feedforward_layernorm.weight',),
-    'gemma2 (model.*)': ('model.layers.0.pre_feedforward_layernorm.weight',),
     'flux (diffusers)': ('transformer_blocks.0.attn.add_q_proj.weight',),
     'flux (native)': ('double_blocks.0.img_attn.qkv.weight',),
     'wan_vae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.gamma',),
