@@ -25,7 +25,7 @@ from metacanvas_jax.layers.mlp import ACTIVATIONS
 from metacanvas_jax.layers.norm import OffsetRmsNorm
 from metacanvas_jax.layers.stack import scan, stack
 from metacanvas_jax.sharding import BATCH_AXES, constrain
-from metacanvas_jax.types import InputError
+from metacanvas_jax.types import EncoderPrompt, InputError
 
 SLIDING, FULL = 'sliding_attention', 'full_attention'
 init = normal(0.02)
@@ -142,6 +142,12 @@ class Gemma2(nnx.Module):
 
         windows = jnp.asarray(self.config.windows, jnp.int32)
         return self.norm(scan(self.layers, x_BLD, step, windows, remat='all')[0])
+
+    def context(self, prompt: EncoderPrompt):
+        """What the DiT gets of a prompt: states (B, L, D) and their true lengths."""
+        states_BUD = self(prompt.ids_BU, prompt.length_B)
+        taken_BL1 = jnp.asarray(prompt.taken_BL)[..., None]
+        return jnp.take_along_axis(states_BUD, taken_BL1, 1), prompt.context_length_B
 
 
 # ---------------------------------------------------------------- config.json
