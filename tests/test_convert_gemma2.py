@@ -5,9 +5,11 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from transformers import Gemma2Config as TheirConfig
 from transformers import Gemma2Model
 
@@ -15,7 +17,8 @@ import convert
 from convert.checking import check_manifest
 from convert.exporting import export_weights
 from convert.importing import import_weights
-from metacanvas_jax.text_encoders.gemma2 import FULL, SLIDING, read_config
+from metacanvas_jax.sharding import partition_spec
+from metacanvas_jax.text_encoders.gemma2 import FULL, SLIDING, Gemma2, read_config
 from metacanvas_jax.types import InputError
 from tests import published, tiny
 
@@ -85,7 +88,7 @@ def test_the_same_states(tmp_path, layout, types):
         theirs = reference(layer_types=types)(
             torch.tensor(ids), attention_mask=torch.tensor(valid).long()
         ).last_hidden_state.numpy()
-    ours = jax.jit(lambda m, ids, lengths: m(ids, lengths))(module, ids, lengths)
+    ours = jax.jit(lambda module, ids: module(ids))(module, ids)
     assert tiny.error(ours[valid], theirs[valid]) <= 1e-5
 
 
@@ -115,6 +118,21 @@ def test_the_published_checkpoint_fits(tmp_path, layout):
     assert fits
     count = '288 tensors, 2614341888 parameters'
     assert report == f'gemma_2_2b_it: {count}, 0 unused, 0 unfilled, 0 misshapen'
+
+
+def test_the_published_size_is_traced_and_sharded(tmp_path):
+    """Nothing is allocated; every dimension that lies on a mesh axis is divided by eight."""
+    config = read_config(_written(tmp_path))
+    make = lambda: Gemma2(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = jax.eval_shape(make)
+    states = jax.eval_shape(lambda model, ids: model(ids), model, np.zeros((2, 600), np.int32))
+    assert (states.shape, states.dtype) == ((2, 600, 2304), jnp.bfloat16)
+    placed = set()
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        for size, axis in zip(variable.shape, partition_spec(variable), strict=True):
+            assert axis is None or size % 8 == 0, path
+            placed |= {(path[-2] if len(path) > 1 else path[-1], axis)}
+    assert {('q_proj', 'tensor'), ('o_proj', 'fsdp'), ('embed_tokens', 'tensor')} <= placed
 
 
 def test_a_head_is_one_too_many(tmp_path):

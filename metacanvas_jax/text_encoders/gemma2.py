@@ -129,23 +129,23 @@ class Gemma2(nnx.Module):
         scale = jnp.asarray(self.config.hidden_size**0.5, self.dtype)
         return self.embed_tokens[...][ids_BL].astype(self.dtype) * scale
 
-    def __call__(self, ids_BL, length_B) -> jax.Array:
-        """States (B, L, D) after the last norm. Padding is on the right, and its states idle."""
+    def __call__(self, ids_BL) -> jax.Array:
+        """States (B, L, D) after the last norm. No token sees padding on its right."""
         x_BLD = self.embed(ids_BL)
         place_L = jnp.arange(x_BLD.shape[1])
         angles = rope.angles(place_L[None], self.config.head_dim, self.config.rope_theta)
         back_LL = place_L[:, None] - place_L
-        seen_BLL = (back_LL >= 0) & (place_L < jnp.asarray(length_B)[:, None, None])
 
         def step(layer, x_BLD, window):
-            return layer(x_BLD, angles, seen_BLL & (back_LL < window)), None
+            mask_LL = (back_LL >= 0) & (back_LL < window)
+            return layer(x_BLD, angles, mask_LL[None]), None
 
         windows = jnp.asarray(self.config.windows, jnp.int32)
         return self.norm(scan(self.layers, x_BLD, step, windows, remat='all')[0])
 
     def context(self, prompt: EncoderPrompt):
         """What the DiT gets of a prompt: states (B, L, D) and their true lengths."""
-        states_BUD = self(prompt.ids_BU, prompt.length_B)
+        states_BUD = self(prompt.ids_BU)
         taken_BL1 = jnp.asarray(prompt.taken_BL)[..., None]
         return jnp.take_along_axis(states_BUD, taken_BL1, 1), prompt.context_length_B
 

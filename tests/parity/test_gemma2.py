@@ -105,7 +105,7 @@ def _run_theirs(model) -> tuple[list[np.ndarray], np.ndarray]:
     return [x.numpy() for x in seen], states.numpy()
 
 
-forward = jax.jit(lambda model, ids_BL, length_B: model(ids_BL, length_B))
+forward = jax.jit(lambda model, ids_BL: model(ids_BL))
 
 
 # ---------------------------------------------------------------- the whole
@@ -121,7 +121,7 @@ forward = jax.jit(lambda model, ids_BL, length_B: model(ids_BL, length_B))
 )
 def test_the_whole(types, kv_heads):
     _, theirs = _run_theirs(_theirs(types, kv_heads))
-    ours = forward(_ours(types, kv_heads), _ids(), LENGTHS)
+    ours = forward(_ours(types, kv_heads), _ids())
     assert ours.dtype == jnp.float32
     assert tiny.error(ours[VALID], theirs[VALID]) <= 1e-5
 
@@ -148,11 +148,11 @@ def test_every_layer(i):
 
 def test_padding_changes_nothing():
     model, ids = _ours(), _ids()
-    whole = forward(model, ids, LENGTHS)
-    other = forward(model, np.where(VALID, ids, 7), LENGTHS)
+    whole = forward(model, ids)
+    other = forward(model, np.where(VALID, ids, 7))
     np.testing.assert_array_equal(whole[VALID], other[VALID])
     for row, length in enumerate(LENGTHS):
-        alone = forward(model, ids[row : row + 1, :length], LENGTHS[row : row + 1])
+        alone = forward(model, ids[row : row + 1, :length])
         assert tiny.error(whole[row, :length], alone[0]) <= 1e-6
 
 
@@ -162,7 +162,7 @@ def test_a_token_outside_the_window_is_not_seen(types):
     make = lambda rngs: Gemma2(_config(types, num_hidden_layers=1), dtype=jnp.float32, rngs=rngs)
     model, ids = tiny.randomised(make), np.arange(SIZE)[None]
     changed = np.where(ids == 0, 9, ids)
-    a, b = (forward(model, x, np.array([SIZE])) for x in (ids, changed))
+    a, b = (forward(model, x) for x in (ids, changed))
     moved = np.abs(np.asarray(a - b)).max(-1)[0] > 0
     assert moved[:WINDOW].all()
     assert moved[WINDOW:].any() == (types == (FULL,))
@@ -223,7 +223,7 @@ def test_in_bf16():
         theirs = half(torch.tensor(_ids()), attention_mask=mask).last_hidden_state.float().numpy()
     arrays = {k: np.asarray(a) for k, a in tiny.named(_ours()).items()}
     model = tiny.fill(Gemma2(_config(), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), arrays)
-    ours = forward(model, _ids(), LENGTHS)
+    ours = forward(model, _ids())
     assert ours.dtype == jnp.bfloat16
     reference = tiny.error(theirs[VALID], exact[VALID])
     assert reference > 1e-4
