@@ -129,9 +129,10 @@ def test_the_published_size_is_traced_and_sharded(tmp_path):
     assert (states.shape, states.dtype) == ((2, 600, 2304), jnp.bfloat16)
     placed = set()
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = '/'.join(map(str, path))
         for size, axis in zip(variable.shape, partition_spec(variable), strict=True):
-            assert axis is None or size % 8 == 0, path
-            placed |= {(path[-2] if len(path) > 1 else path[-1], axis)}
+            assert axis is None or size % 8 == 0, name
+            placed |= {(name.removeprefix('layers/self_attn/').removesuffix('/kernel'), axis)}
     assert {('q_proj', 'tensor'), ('o_proj', 'fsdp'), ('embed_tokens', 'tensor')} <= placed
 
 
