@@ -75,8 +75,7 @@ def list_tar(path: pathlib.Path) -> dict[str, Part]:
     members = {}
     try:
         with tarfile.open(path, 'r:') as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # else they pile up, a kilobyte each
+            for member in tar:
                 if member.isreg():
                     members[member.name] = Part(path, member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
