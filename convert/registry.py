@@ -2,11 +2,12 @@
 
 from collections.abc import Collection
 
-from convert import dc_ae, qwen2_5_vl, sana
+from convert import dc_ae, gemma2, qwen2_5_vl, sana
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
 FAMILIES: dict[str, Family] = {
+    'gemma2': gemma2.FAMILY,
     'qwen2_5_vl': qwen2_5_vl.FAMILY,
     'sana': sana.FAMILY,
     'dc_ae': dc_ae.FAMILY,
@@ -22,8 +23,6 @@ STRANGERS = {
     ),
     'sana (native)': ('blocks.0.mlp.inverted_conv.conv.weight',),
     'sana_video': ('transformer_blocks.0.ff.conv_temp.weight',),
-    'gemma2': ('layers.0.pre_feedforward_layernorm.weight',),
-    'gemma2 (model.*)': ('model.layers.0.pre_feedforward_layernorm.weight',),
     'flux (diffusers)': ('transformer_blocks.0.attn.add_q_proj.weight',),
     'flux (native)': ('double_blocks.0.img_attn.qkv.weight',),
     'wan_vae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.gamma',),

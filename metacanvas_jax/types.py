@@ -8,6 +8,7 @@
     3  the MRoPE axes t, h, w      F  pixel frames                      R  rank of a LoRA
     I  pictures in a prompt        V  windows of a picture              P  patches of a window
     J  vision tokens of a prompt   X  values of a patch
+    U  tokens that a base system's own text encoder reads, of whose states the DiT gets L
 
 A name ends in the letters of its axes: `z_BTHWC` are latents, `t_BT` one time per latent frame.
 Times run from 0 (clean) to 1 (noise) everywhere.
@@ -46,6 +47,19 @@ class Prompt:
     length_B: Array  # true prompt lengths
     start_B: Array  # first free position: 1 + the largest id of any axis (spec: s)
     vision: Vision | None = None  # None: text alone, another program
+
+
+@struct.dataclass
+class EncoderPrompt:
+    """What a base system's own text encoder reads, right-padded, and which states the DiT gets.
+
+    Made on the host, such as by `data/sana_prompts.py`.
+    """
+
+    ids_BU: Array
+    length_B: Array  # true lengths
+    taken_BL: Array  # the tokens whose states the DiT gets, in order
+    context_length_B: Array  # how many of those are no padding
 
 
 @struct.dataclass

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import pathlib
 import warnings
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -26,6 +27,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 PIXELS = 64_000_000  # more than that is an accident or an attack
 ASPECT = 200  # Qwen's own limit
+_START = 64  # bytes that tell what a file is
 
 # Ours is lower, and an error.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
@@ -46,17 +48,27 @@ class Media:
 
 def read_image(path: str | pathlib.Path) -> np.ndarray:
     """(H, W, 3) uint8, upright, transparent parts on white."""
-    _check_start(path)
     try:
-        with Image.open(path) as image:
-            _check_size(path, image.width, image.height)
+        with open(path, 'rb') as file:
+            return decode_image(file, path)
+    except OSError as error:
+        raise InputError(f'cannot read {path}: {error.strerror}') from error
+
+
+def decode_image(file: BinaryIO, name: str | pathlib.Path) -> np.ndarray:
+    """The picture in an open file, as `read_image` gives it; `name` is for messages."""
+    _check_start(file.read(_START), name)
+    file.seek(0)
+    try:
+        with Image.open(file) as image:
+            _check_size(name, image.width, image.height)
             return _rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise InputError(f'{path} is no picture that Pillow knows') from error
+        raise InputError(f'{name} is no picture that Pillow knows') from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f'cannot read {path}: {error}') from error
+        raise InputError(f'cannot read {name}: {error}') from error
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -70,7 +82,11 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 def read_video(path: str | pathlib.Path, frames: int) -> tuple[np.ndarray, float]:
     """So many frames, evenly spread (all of a shorter video): (F, H, W, 3) uint8 and their rate."""
-    _check_start(path)
+    try:
+        with open(path, 'rb') as file:
+            _check_start(file.read(_START), path)
+    except OSError as error:
+        raise InputError(f'cannot read {path}: {error.strerror}') from error
     found, read, total = [], 0, 0
     try:
         with av.open(path) as container:
@@ -120,19 +136,14 @@ def _check_size(path: str | pathlib.Path, width: int, height: int) -> None:
         )
 
 
-def _check_start(path: str | pathlib.Path) -> None:
+def _check_start(start: bytes, name: str | pathlib.Path) -> None:
     """What often comes in place of a picture or a video."""
-    try:
-        with open(path, 'rb') as file:
-            start = file.read(64)
-    except OSError as error:
-        raise InputError(f'cannot read {path}: {error.strerror}') from error
     if not start:
-        raise InputError(f'{path} is empty')
+        raise InputError(f'{name} is empty')
     if start.lstrip().lower().startswith((b'<!doctype html', b'<html')):
-        raise InputError(f'{path} is no picture or video: it looks like HTML')
+        raise InputError(f'{name} is no picture or video: it looks like HTML')
     if start.startswith(b'version https://git-lfs'):
-        raise InputError(f'{path} is a git-lfs pointer; fetch the file itself with git lfs pull')
+        raise InputError(f'{name} is a git-lfs pointer; fetch the file itself with git lfs pull')
 
 
 # ------------------------------------------------------------ patches
@@ -198,3 +209,13 @@ def _media(frames_FHWC, config: QwenConfig, seconds, min_pixels: int, max_pixels
 def _resize(frame_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     image = Image.fromarray(frame_HWC).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image)
+
+
+def cover(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest middle part of this shape, resized to (height, width)."""
+    H, W, _ = pixels_HWC.shape
+    scale = min(H / height, W / width)
+    h, w = min(H, scale * height), min(W, scale * width)  # rounding may not leave the picture
+    box = ((W - w) / 2, (H - h) / 2, (W + w) / 2, (H + h) / 2)
+    image = Image.fromarray(pixels_HWC)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))

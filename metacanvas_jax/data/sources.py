@@ -2,9 +2,11 @@
 
 import dataclasses
 
+from metacanvas_jax.data.captioned import CaptionedPictures, find_samples
 from metacanvas_jax.data.shapes import LENGTH, Shapes, render
 from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, plan
 from metacanvas_jax.data.tasks import Record, TextRecord
+from metacanvas_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,16 @@ def _dialogues(data, *kinds: str) -> ShapeDialogues:
     return ShapeDialogues(ShapeTexts(data.seed, kinds), data.size)
 
 
+def _captioned(data) -> CaptionedPictures:
+    if data.get('path') is None:
+        raise InputError('config.data.path is missing; give a folder of tars or of dataset.jsonl')
+    samples = find_samples(data.path)
+    return CaptionedPictures(samples, height=data.size, width=data.size, seed=data.seed)
+
+
 # config.data.source -> {task: source}
 SOURCES = {
+    'captioned': lambda data: {'t2i': _captioned(data)},
     'shapes': lambda data: {'t2i': ShapePictures(data.seed, data.size)},
     'shapes_text': lambda data: {
         'layout': _dialogues(data, 'caption'),

@@ -1,4 +1,4 @@
-"""Softmax attention and SANA's ReLU linear attention."""
+"""Softmax attention, with soft caps as Gemma-2's, and SANA's ReLU linear attention."""
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,20 @@ def attend(q_BSNE, k_BLGE, v_BLGE, *, mask_BSL=None, length_B=None, causal=False
         is_causal=causal,
         implementation='cudnn' if cudnn else 'xla',
     )
+
+
+def attend_capped(q_BSNE, k_BLGE, v_BLGE, *, scale: float, cap: float, mask_BSL) -> jax.Array:
+    """softmax(cap tanh(scale q k^T / cap)) v, grouped when G < N; logits and softmax in fp32.
+
+    No fused kernel caps logits, so all S x L of them are held.
+    """
+    q_BSGnE = rearrange(q_BSNE, 'B S (G n) E -> B S G n E', G=k_BLGE.shape[2])
+    logits = jnp.einsum('BSGnE,BLGE->BGnSL', q_BSGnE, k_BLGE, preferred_element_type=jnp.float32)
+    logits = cap * jnp.tanh(logits * (scale / cap))
+    # Not -inf: a row that sees nothing, as padding may, would be NaN.
+    logits = jnp.where(mask_BSL[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, -1).astype(q_BSNE.dtype)
+    return rearrange(jnp.einsum('BGnSL,BLGE->BSGnE', weights, v_BLGE), 'B S G n E -> B S (G n) E')
 
 
 def split_heads(x, heads: int):

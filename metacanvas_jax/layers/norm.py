@@ -58,6 +58,20 @@ class NoNorm(nnx.Module):
         return x
 
 
+class OffsetRmsNorm(nnx.Module):
+    """RMS norm whose weight is kept as its offset from one (Gemma)."""
+
+    def __init__(self, width: int, eps: float):
+        self.offset = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        # Rounded after the weight, unlike RmsNorm.
+        return (y * (1 + self.offset[...].astype(jnp.float32))).astype(x.dtype)
+
+
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
     """Without weights, as AdaLN wants it."""
     y = x.astype(jnp.float32)

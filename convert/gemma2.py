@@ -1,0 +1,50 @@
+"""Gemma-2's body: `layers.*` as in SANA's text_encoder, `model.layers.*` as Google publishes it.
+
+Neither has an `lm_head`: it is tied, and an encoder of text wants none.
+"""
+
+from typing import Any
+
+from flax import nnx
+
+from convert.family import Family, Layout
+from convert.rules import Rule, linear
+from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config, read_config
+
+
+def _rules(prefix: str) -> list[Rule]:
+    ours, theirs = 'layers', f'{prefix}layers.{{i}}'
+    rules = [
+        Rule('embed_tokens', f'{prefix}embed_tokens.weight'),
+        Rule('norm/offset', f'{prefix}norm.weight'),
+    ]
+    for part in ('input', 'post_attention', 'pre_feedforward', 'post_feedforward'):
+        rules += [Rule(f'{ours}/{part}_layernorm/offset', f'{theirs}.{part}_layernorm.weight')]
+    for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj'):
+        rules += linear(f'{ours}/self_attn/{name}', f'{theirs}.self_attn.{name}', bias=False)
+    for name in ('gate_proj', 'up_proj', 'down_proj'):
+        rules += linear(f'{ours}/mlp/{name}', f'{theirs}.mlp.{name}', bias=False)
+    return rules
+
+
+def _model(config: Gemma2Config, dtype: Any, rngs: nnx.Rngs) -> Gemma2:
+    return Gemma2(config, dtype=dtype, rngs=rngs)
+
+
+def _sizes_of(module: nnx.Module) -> Gemma2Config:
+    assert isinstance(module, Gemma2), type(module)
+    return module.config
+
+
+def _layout(prefix: str) -> Layout:
+    # Gemma 1 lacks this norm. Gemma 3 has it; its config is refused.
+    signs = (f'{prefix}layers.0.pre_feedforward_layernorm.weight',)
+    return Layout(signs, lambda config: _rules(prefix), 'model')
+
+
+FAMILY = Family(
+    sizes=lambda folder, shapes: read_config(folder),
+    sizes_of=_sizes_of,
+    model=_model,
+    layouts={'sana': _layout(''), 'google': _layout('model.')},
+)

@@ -1,0 +1,196 @@
+"""Captioned pictures as they are published: tars of webdataset, or a folder with dataset.jsonl.
+
+Tars hold NAME.jpg (or .jpeg, .png, .webp) and NAME.txt beside it, as BLIP3o-60k does. Their members
+are listed once and then read where they lie; nothing is extracted. A line of dataset.jsonl is
+    {"task": "t2i", "prompt": "a red circle", "target": "pictures/0.png"}
+with the target relative to the file, or tar://SHARD.tar#MEMBER.
+"""
+
+import collections
+import dataclasses
+import functools
+import io
+import json
+import pathlib
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from metacanvas_jax.data.media import cover, decode_image
+from metacanvas_jax.data.tasks import Record
+from metacanvas_jax.types import InputError
+
+PICTURES = ('jpg', 'jpeg', 'png', 'webp')
+CAPTION = 'txt'
+MANIFEST = 'dataset.jsonl'
+BROKEN = 0.05  # more of all samples than this: something is wrong with the data
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """Some bytes of a file; all of them without a size."""
+
+    file: pathlib.Path
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        # Opened each time: no file is shared by threads, and shards may be many.
+        with open(self.file, 'rb') as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    name: str
+    picture: Part | None
+    caption: Part | str | None
+
+
+def find_samples(path: str | pathlib.Path) -> list[Sample]:
+    """In a tar, a dataset.jsonl, or a folder of either; always in the same order."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise InputError(f'no such file or folder: {path}')
+    if path.is_dir():
+        if (path / MANIFEST).is_file():
+            return list(_lines(path / MANIFEST))
+        if not (tars := sorted(path.rglob('*.tar'))):
+            raise InputError(f'{path} holds neither {MANIFEST} nor .tar files')
+    elif path.suffix == '.jsonl':
+        return list(_lines(path))
+    else:
+        tars = [path]
+    with ThreadPoolExecutor(min(16, len(tars))) as pool:
+        return [sample for found in pool.map(_shard, tars) for sample in found]
+
+
+def list_tar(path: pathlib.Path) -> dict[str, Part]:
+    """{member: its place}; of two with one name the later counts, as in tar itself."""
+    members = {}
+    try:
+        with tarfile.open(path, 'r:') as tar:
+            for member in tar:
+                if member.isreg():
+                    members[member.name] = Part(path, member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise InputError(f'{path} is no tar that can be read in place: {reason}') from error
+    return members
+
+
+def _shard(path: pathlib.Path) -> list[Sample]:
+    groups: dict[str, dict[str, Part]] = {}
+    kinds: collections.Counter[str] = collections.Counter()
+    for member, part in list_tar(path).items():
+        folder, _, file = member.rpartition('/')
+        stem, _, kind = file.partition('.')
+        groups.setdefault(f'{folder}/{stem}', {})[kind.lower()] = part
+        kinds[kind.lower()] += 1
+    if not kinds[CAPTION] or not any(kinds[kind] for kind in PICTURES):
+        found = ', '.join(f'.{kind} ({n})' for kind, n in kinds.most_common()) or 'nothing'
+        want = ', .'.join(PICTURES)
+        raise InputError(f'{path} wants NAME.{CAPTION} beside NAME.{want}; it holds {found}')
+    samples = (
+        Sample(
+            f'{path}#{name.removeprefix("/")}',
+            next((parts[kind] for kind in PICTURES if kind in parts), None),
+            parts.get(CAPTION),
+        )
+        for name, parts in groups.items()
+    )
+    return [sample for sample in samples if sample.picture or sample.caption]
+
+
+def _lines(path: pathlib.Path) -> Iterator[Sample]:
+    """Lines of other tasks are for other sources."""
+    tar = functools.cache(list_tar)
+    count = 0
+    try:
+        lines = path.read_text(encoding='utf-8').split('\n')
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'cannot read {path}: {error}') from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f'{path}, line {number}'
+        try:
+            values = json.loads(line)
+            task, target = values['task'], values['target']
+            caption = values.get('prompt')
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f'{where}: want an object with task and target: {error!r}') from error
+        if task != 't2i':
+            continue
+        if not isinstance(target, str) or not isinstance(caption, str | None):
+            raise InputError(f'{where}: target and prompt want to be texts')
+        count += 1
+        if not target.startswith('tar://'):
+            yield Sample(f'{where} ({target})', Part(path.parent / target), caption)
+            continue
+        shard, _, member = target.removeprefix('tar://').partition('#')
+        yield Sample(f'{where} ({target})', tar(path.parent / shard).get(member), caption)
+    if not count:
+        raise InputError(f'{path} has no line of task t2i')
+
+
+class CaptionedPictures:
+    """Records in an order shuffled by `seed`, all pictures resized and cropped to one size.
+
+    A broken sample is replaced by the next one that is whole: what stands at an index depends on
+    the data and the seed alone. `broken` are those met so far, {name: reason}, each said once.
+    """
+
+    def __init__(self, samples: Sequence[Sample], *, height: int, width: int, seed: int):
+        if not samples:
+            raise InputError('there are no captioned pictures')
+        self._samples, self._size = samples, (height, width)
+        self._order = np.random.default_rng(seed).permutation(len(samples))
+        self._lock = threading.Lock()
+        self.broken: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Record:
+        for step in range(len(self)):
+            sample = self._samples[self._order[(index + step) % len(self)]]
+            try:
+                return self._read(sample)
+            except (InputError, OSError) as error:
+                self._note(sample.name, str(error))
+        raise InputError(f'all {len(self)} samples are broken; {self._some()}')
+
+    def _read(self, sample: Sample) -> Record:
+        caption = sample.caption
+        if caption is None:
+            raise InputError(f'{sample.name} has no caption')
+        if sample.picture is None:
+            raise InputError(f'{sample.name} has no picture')
+        if isinstance(caption, Part):
+            try:
+                caption = caption.read().decode()
+            except UnicodeDecodeError as error:
+                raise InputError(f'the caption of {sample.name} is no UTF-8') from error
+        if not caption.strip():
+            raise InputError(f'the caption of {sample.name} is empty')
+        pixels = decode_image(io.BytesIO(sample.picture.read()), sample.name)
+        return Record(text=caption.strip(), pixels=cover(pixels, *self._size)[None])
+
+    def _note(self, name: str, reason: str) -> None:
+        with self._lock:
+            if name in self.broken:
+                return
+            self.broken[name] = reason
+            count = len(self.broken)
+        print(f'broken sample {count} of {len(self)}, replaced: {reason}', file=sys.stderr)
+        if count > max(10, BROKEN * len(self)):
+            raise InputError(f'{count} of {len(self)} samples are broken; {self._some()}')
+
+    def _some(self) -> str:
+        return '; '.join(list(self.broken.values())[:5])
