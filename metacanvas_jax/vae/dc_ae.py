@@ -288,5 +288,5 @@ class DcAe(Vae):
         return z_BHWC[:, None].astype(jnp.float32) * self.config.scaling_factor
 
     def decode(self, z_BTHWC):
-        z_BHWC = z_BTHWC[:, 0] / self.config.scaling_factor
+        z_BHWC = rearrange(z_BTHWC, 'B 1 H W C -> B H W C') / self.config.scaling_factor
         return self.decoder(z_BHWC.astype(self.dtype))[:, None].astype(jnp.float32)
