@@ -7,8 +7,8 @@ from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
 FAMILIES: dict[str, Family] = {
-    'gemma2': gemma2.FAMILY,
     'qwen2_5_vl': qwen2_5_vl.FAMILY,
+    'gemma2': gemma2.FAMILY,
     'sana': sana.FAMILY,
     'dc_ae': dc_ae.FAMILY,
 }

@@ -90,7 +90,7 @@ TRAIN = [
     (
         '',
         ['--config.data.source=shape'],
-        "config.data.source 'shape' is unknown; there are: shapes",
+        "config.data.source 'shape' is unknown; there are: captioned, shapes",
     ),
     ('', ['--config.objective=flo'], "config.objective 'flo' is unknown; there are: flow, next_"),
     ('', ['--config.prompt.buckets=9,16'], r'a prompt has \d+ tokens, the largest bucket holds 16'),

@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from convert.registry import FAMILIES
 from tests import published
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -215,7 +216,9 @@ def test_the_commands(room, tmp_path):
         f'import qwen2_5_vl --source={good} --target={target} --dtype=float32',
         f'export qwen2_5_vl --source={target} --target={back} --layout=transformers',
     )
-    assert listed == (0, 'qwen2_5_vl: transformers, transformers_5\nsana: diffusers\n', '')
+    families = [f'{name}: {", ".join(family.layouts)}' for name, family in FAMILIES.items()]
+    assert listed == (0, '\n'.join(families) + '\n', '')
+    assert families[0] == 'qwen2_5_vl: transformers, transformers_5'
     expected = '824 tensors, 3754622976 parameters, 0 unused, 0 unfilled, 0 misshapen\n'
     assert fits == (0, f'qwen2_5_vl_3b: {expected}', '')
     assert odd[0] == 1
