@@ -7,11 +7,9 @@ bits. A first import is killed half-way. Everything is written below a temporary
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import shutil
 import signal
 import subprocess
@@ -23,6 +21,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from bench.record import record
 from convert.shards import Shards
 from convert.source import open_source
 
@@ -128,16 +127,8 @@ def main() -> None:
         'allowed_peak_GB': round(largest + 0.5, 3),
         'killed_half_way': {'target': 'absent', 'left_beside_GB': round(left / 1e9, 3)},
         'exported_equals_source': 'every byte',
-        'machine': {
-            'cores': os.cpu_count(),
-            'load_before_import': round(load, 2),
-            'python': platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        'date': time.strftime('%Y-%m-%d'),
     }
-    pathlib.Path(args.output).write_text(json.dumps(result, indent=2) + '\n')
-    print(json.dumps(result, indent=2))
+    record(args.output, result, load=load, packages=PACKAGES)
 
 
 if __name__ == '__main__':

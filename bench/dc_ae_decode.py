@@ -8,15 +8,15 @@ are compared, which other processes on the core disturb less than wall seconds.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+
+from bench.record import record
 
 ROOT = pathlib.Path(__file__).parents[1]
 MANIFEST = ROOT / 'tests/manifests/dc_ae_f32c32.json'
@@ -87,16 +87,8 @@ def main() -> None:
         'ours_over_diffusers': round(ratio, 3),
         'allowed': 1.2,
         'repeats': args.repeats,
-        'machine': {
-            'pinned_to_cores': 1,
-            'load_before': round(load, 2),
-            'python': platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        'date': time.strftime('%Y-%m-%d'),
     }
-    pathlib.Path(args.output).write_text(json.dumps(result, indent=2) + '\n')
-    print(json.dumps(result, indent=2))
+    record(args.output, result, load=load, packages=PACKAGES)
 
 
 if __name__ == '__main__':

@@ -9,11 +9,8 @@ fastest runs.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +29,7 @@ import torch  # noqa: E402
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock  # noqa: E402
 from flax import nnx  # noqa: E402
 
+from bench.record import record  # noqa: E402
 from metacanvas_jax.backbones.sana import SanaBlock, SanaConfig  # noqa: E402
 from metacanvas_jax.layers.conv import depthwise_conv  # noqa: E402
 
@@ -165,16 +163,8 @@ def main() -> None:
             'wanted_ms': 1000,
         },
         'repeats': args.repeats,
-        'machine': {
-            'cores': os.cpu_count(),
-            'load_before': round(load, 2),
-            'python': platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        'date': time.strftime('%Y-%m-%d'),
     }
-    pathlib.Path(args.output).write_text(json.dumps(result, indent=2) + '\n')
-    print(json.dumps(result, indent=2))
+    record(args.output, result, load=load, packages=PACKAGES)
 
 
 if __name__ == '__main__':
