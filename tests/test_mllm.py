@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from metacanvas_jax.canvas.tokens import canvas_mask
+from metacanvas_jax.mllm.config import PRESETS, read_config
 from metacanvas_jax.mllm.positions import canvas_positions
+from metacanvas_jax.mllm.qwen import Qwen
 from tests import tiny
 
 H, W = 2, 3
@@ -269,3 +273,26 @@ def test_gradient_enters_the_canvas_pass_alone():
 
     for name, gradient in tiny.named(gradients(model, 0.0)).items():
         assert bool(np.any(gradient)) == name.startswith('context/'), name
+
+
+def test_initial_values_follow_the_config(tmp_path):
+    """And weights of other initial values are of the same model."""
+    preset = PRESETS['tiny']
+    vision = dataclasses.replace(preset.tower, initializer_range=0.2)
+    wide = dataclasses.replace(preset, initializer_range=0.3, vision=vision)
+    (tmp_path / 'config.json').write_text(json.dumps(wide.to_json()))
+    found = read_config(tmp_path)
+    assert found == preset
+    model = Qwen(found, None, remat='none', dtype=jnp.float32, rngs=nnx.Rngs(0))
+    language, tower = model.language, model.vision
+    assert tower
+    for scale, kernel in (
+        (0.3, language.embed_tokens),
+        (0.3, language.layers.self_attn.q_proj.kernel),
+        (0.3, language.layers.mlp.down_proj.kernel),
+        (0.2, tower.patch_embed.kernel),
+        (0.2, tower.blocks.attn.qkv.kernel),
+        (0.2, tower.blocks.mlp.up_proj.kernel),
+        (0.2, tower.merger.fc1.kernel),
+    ):
+        assert np.std(kernel[...]) == pytest.approx(scale, rel=0.03)

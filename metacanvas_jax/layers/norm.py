@@ -66,9 +66,7 @@ class OffsetRmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        # Rounded after the weight, unlike RmsNorm.
+        y = rms_norm(x.astype(jnp.float32), self.eps)  # rounded after the weight, unlike RmsNorm
         return (y * (1 + self.offset[...].astype(jnp.float32))).astype(x.dtype)
 
 

@@ -112,8 +112,10 @@ def read_config(directory: str | pathlib.Path) -> QwenConfig:
         raise InputError(f'{path} is not the config of a Qwen2.5-VL model: {error!r}') from error
 
 
-_ELSEWHERE = ('rope_theta', 'mrope_section', 'spatial_merge_size', 'tokens_per_second', 'vision')
-_ELSEWHERE += ('initializer_range',)
+_ELSEWHERE = (  # where the field's own name is not all that read_config looks for
+    *('rope_theta', 'mrope_section', 'spatial_merge_size', 'tokens_per_second', 'vision'),
+    'initializer_range',
+)
 
 
 def _vision(values: dict) -> VisionConfig:
