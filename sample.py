@@ -76,7 +76,10 @@ def check_flags() -> None:
     if FLAGS.task == DESCRIBE and FLAGS.prompts:
         raise InputError('--task describe takes one --prompt')
     if FLAGS.task != DESCRIBE and (FLAGS.image or FLAGS.video):
-        raise InputError('--image and --video go with --task describe')
+        raise InputError(
+            '--image and --video go with --task describe; to draw a picture give --prompt or '
+            f'--prompts alone (tasks: {", ".join(TASKS)})'
+        )
     if FLAGS.task != DESCRIBE and FLAGS.output is None:
         raise InputError('--output is missing')
     for name in ('num_images', 'batch_size', 'steps', 'frames', 'max_new_tokens'):
@@ -151,29 +154,28 @@ def answer(
 
 
 def sample_prompt(pipe: Pipeline, noise: np.ndarray | None) -> None:
-    if FLAGS.canvas_map and pipe.config.canvas.fuse == 'none':
+    if FLAGS.canvas_map and not pipe.has_canvas:
         raise InputError('--canvas_map: this model has no canvas (config.canvas.fuse is none)')
     output = pathlib.Path(FLAGS.output)
     n = FLAGS.num_images if noise is None else len(noise)
-    latents = np.concatenate(
-        [
-            pipe.sample(
-                [FLAGS.prompt] * len(part),
-                indices=part,
-                seed=FLAGS.seed,
-                noise=None if noise is None else noise[part.start : part.stop],
-                **settings(),
-            )
-            for part in parts(n)
-        ]
-    )
-    pictures = pipe.decode(latents)
+    latents = [
+        pipe.sample(
+            [FLAGS.prompt] * len(part),
+            indices=part,
+            seed=FLAGS.seed,
+            noise=None if noise is None else noise[part.start : part.stop],
+            **settings(),
+        )
+        for part in parts(n)
+    ]
+    pictures = np.concatenate([pipe.decode(part) for part in latents])
     for i, picture in enumerate(pictures):
         path = output if n == 1 else output.with_stem(f'{output.stem}_{i}')
         write_picture(picture, path, {'prompt': FLAGS.prompt, 'seed': FLAGS.seed, 'index': i})
         print(path)
     if FLAGS.latents:
-        write(pathlib.Path(FLAGS.latents), lambda file: np.save(file, squeeze(latents[:, 0])))
+        final = np.concatenate(latents)[:, 0]
+        write(pathlib.Path(FLAGS.latents), lambda file: np.save(file, squeeze(final)))
     if FLAGS.canvas_map:
         feature = pipe.canvas_features([FLAGS.prompt], indices=[0], seed=FLAGS.seed)[0, 0]
         side = pictures.shape[1]

@@ -15,7 +15,7 @@ from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from metacanvas_jax.build import build_encoder, check_size, choose, mllm_config
+from metacanvas_jax.build import READERS, check_size, choose, part_sizes
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
@@ -81,7 +81,7 @@ def make_loader(config: ConfigDict) -> Loader:
     return Loader(
         choose(SOURCES, config.data.source, 'config.data.source')(config.data),
         config.data.tasks,
-        functools.partial(BATCHES[config.objective], encoder=build_encoder(config)),
+        functools.partial(BATCHES[config.objective], READERS[config.objective](config)),
         batch=config.batch_size,
         accumulate=config.accumulate,
         seed=config.data.seed,
@@ -176,18 +176,22 @@ def merge(state: TrainState, frozen: nnx.State) -> nnx.State:
 
 
 def draw_samples(pipe: Pipeline, workdir: pathlib.Path, step: int) -> None:
-    """samples/step_N: a sheet of pictures, half of them of held-out prompts, and canvas maps."""
+    """samples/step_N: a sheet of pictures, and canvas maps.
+
+    Without prompts of its own, those of the shapes world, half of them held out.
+    """
     config = pipe.config
-    asked = [
+    asked = list(config.sample.prompts) or [
         request.caption
         for split in SPLITS
         for request in requests(split, -(-config.sample.count // 12), config.seed)
-    ][: config.sample.count]
+    ]
+    asked = asked[: config.sample.count]
     indices = range(len(asked))
     folder = workdir / 'samples' / f'step_{step}'
     pictures = pipe.decode(pipe.sample(asked, indices=indices, seed=config.seed))
     save_sheet(pictures, asked, folder / 'grid.png')
-    if config.canvas.fuse != 'none':
+    if pipe.has_canvas:
         features = pipe.canvas_features(asked, indices=indices, seed=config.seed)[:, 0]
         maps = np.stack([pca_map(feature) for feature in features])
         save_sheet((maps * 255).round().astype(np.uint8), asked, folder / 'canvas.png')
@@ -219,7 +223,7 @@ def export_weights(config: ConfigDict, state, workdir: pathlib.Path) -> None:
         for path, value in nnx.to_flat_state(merge(state, nnx.State({})))
     }
     if jax.process_index() == 0:
-        save_weights(workdir / 'weights', arrays, mllm_config(config).to_json())
+        save_weights(workdir / 'weights', arrays, part_sizes(config, 'mllm').to_json())
 
 
 def _silent(*_) -> None:

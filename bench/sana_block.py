@@ -54,7 +54,7 @@ def block(tokens: int, width: int) -> Runs:
         patch_size=1,
         qk_norm=qk_norm,
     )
-    mine = SanaBlock(config, rngs=nnx.Rngs(0))
+    mine = SanaBlock(config, None, rngs=nnx.Rngs(0))
     program = jax.jit(lambda block, x, time, text: block(x, time, text, jnp.array([WORDS])))
     arrays = [jnp.asarray(a) for a in inputs.values()]
     theirs = SanaTransformerBlock(

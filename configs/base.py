@@ -2,8 +2,10 @@
 
     python sample.py --config configs/base.py:qwen --config.weights.mllm=DIR \\
         --task describe --image FILE --prompt TEXT
+    python sample.py --config configs/base.py:sana --config.weights.backbone=DIR \\
+        --config.weights.vae=DIR --config.weights.text_encoder=DIR --prompt TEXT --output FILE.png
 
-DIR is what `python -m convert import qwen2_5_vl` wrote; it says how large the model is.
+Each DIR is what `python -m convert import` wrote; it says how large the model is.
 """
 
 from ml_collections import ConfigDict
@@ -18,11 +20,17 @@ def qwen() -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.weights = dict(mllm=None)
     config.trainable = ()
-    config.mllm = dict(size=None, remat='none', lora=dict(rank=0, alpha=0.0, dropout=0.0))
+    config.mllm = dict(
+        kind='qwen2_5_vl',
+        size=None,
+        remat='none',
+        lora=dict(rank=0, alpha=0.0, dropout=0.0),
+    )
     config.prompt = dict(
         tokenizer=None,
         buckets=(256, 512, 1024, 2048, 4096, 8192),
         plan_tokens=0,
+        max_text=None,
         pictures=(1, 2, 4, 8),
         windows=(16, 64, 128, 256),
         min_pixels=56 * 56,
@@ -32,7 +40,32 @@ def qwen() -> ConfigDict:
     return config
 
 
-VARIANTS = {'qwen': qwen}
+def sana() -> ConfigDict:
+    """SANA 1.0 or 1.5, text to picture: Gemma-2, 20 steps of DPM-Solver++, guidance 4.5.
+
+    For the model of 512 pixels: --config.data.size=512.
+    """
+    config = ConfigDict()
+    config.objective = 'flow'
+    config.seed = 0
+    config.dtype = 'bfloat16'
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.weights = dict(backbone=None, vae=None, text_encoder=None)
+    config.trainable = ()
+    config.text_encoder = dict(
+        kind='gemma2', size=None, tokenizer=None, tokens=300, instruction=True, reads='prompt'
+    )
+    config.context = dict(kind='encoder')
+    config.backbone = dict(
+        kind='sana', size=None, remat='none', lora=dict(rank=0, alpha=0.0, dropout=0.0)
+    )
+    config.vae = dict(kind='dc_ae', size=None)
+    config.data = dict(size=1024, text_dropout=0.0)
+    config.sample = dict(solver='dpm++2m', steps=20, shift=3.0, guidance=4.5)
+    return config
+
+
+VARIANTS = {'qwen': qwen, 'sana': sana}
 
 
 def get_config(variant: str) -> ConfigDict:

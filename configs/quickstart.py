@@ -45,17 +45,23 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.weights = dict(mllm='tiny_qwen')
     config.trainable = ('context/.*', 'canvas/.*', 'backbone/.*')
 
-    config.mllm = dict(size='tiny', remat='all', lora=dict(rank=0, alpha=0.0, dropout=0.0))
+    config.mllm = dict(
+        kind='qwen2_5_vl',
+        size='tiny',
+        remat='all',
+        lora=dict(rank=0, alpha=0.0, dropout=0.0),
+    )
     config.prompt = dict(
         tokenizer='tiny_qwen',
         buckets=(56, 128),
         plan_tokens=24,
+        max_text=None,
         pictures=(1,),
         windows=(4,),
         min_pixels=64 * 64,
         max_pixels=64 * 64,
     )
-    config.context = dict(hidden=256, activation='gelu_tanh', dropout=0.0, skip=23)
+    config.context = dict(kind='mllm', hidden=256, activation='gelu_tanh', dropout=0.0, skip=23)
     config.canvas = dict(
         fuse='dit',
         time='adaln',
@@ -70,6 +76,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     )
     config.backbone = dict(
         kind='sana',
+        lora=dict(rank=0, alpha=0.0, dropout=0.0),
         remat='none',  # recomputing is faster than moving memory on two cores
         in_channels=48,
         num_attention_heads=4,
@@ -107,7 +114,16 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     )
     config.checkpoint = dict(every=250, keep=2, keep_every=None)
     config.log = dict(every=25, tensorboard=False)
-    config.sample = dict(every=1100, count=12, steps=20, guidance=2.0, shift=3.0, temperature=1.0)
+    config.sample = dict(
+        every=1100,
+        count=12,
+        prompts=(),
+        solver='euler',
+        steps=20,
+        shift=3.0,
+        guidance=2.0,
+        temperature=1.0,
+    )
     config.evaluate = dict(kind='shapes', per_category=32, batch_size=48)
     VARIANTS[variant](config)
     return config

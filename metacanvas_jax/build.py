@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,26 +11,64 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
+from metacanvas_jax.backbones import sana
+from metacanvas_jax.backbones.base import Backbone
 from metacanvas_jax.backbones.sana import Sana, SanaConfig
 from metacanvas_jax.canvas.canvas_connector import Canvas, NoCanvas
 from metacanvas_jax.canvas.config import CanvasConfig, ContextConfig
-from metacanvas_jax.canvas.context_connector import ContextConnector
+from metacanvas_jax.canvas.context_connector import Context, ContextConnector, EncoderText, NoText
+from metacanvas_jax.canvas.queries import MetaQueries, NoQueries, QueryConfig
 from metacanvas_jax.data.prompts import ChatTokenizer
-from metacanvas_jax.data.tasks import Encoder
+from metacanvas_jax.data.sana_prompts import READS
+from metacanvas_jax.data.tasks import Encoder, Readers, TextTokenizer
 from metacanvas_jax.layers.linear import LoraConfig
 from metacanvas_jax.metacanvas import MetaCanvas
-from metacanvas_jax.mllm.config import PRESETS, QwenConfig, read_config
+from metacanvas_jax.mllm import config as mllm_presets
+from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.mllm.windows import VisionBuckets
+from metacanvas_jax.text_encoders import gemma2
+from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config
 from metacanvas_jax.types import InputError
+from metacanvas_jax.vae import dc_ae_config
 from metacanvas_jax.vae.dc_ae import DcAe
 from metacanvas_jax.vae.dc_ae_config import DcAeConfig
 from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 
-BACKBONES = {'sana': (Sana, SanaConfig)}
-VAES = {'pixel': (PixelVae, PixelConfig), 'dc_ae': (DcAe, DcAeConfig)}
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A kind of module: its class, its sizes, and where sizes come from.
+
+    A config's group spells the sizes out, or names a preset as `size`; with `size` None the
+    config.json of the weights decides.
+    """
+
+    module: Callable[..., Any]
+    sizes: Callable[..., Any]
+    presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read_config: Callable[[pathlib.Path], Any] | None = None
+
+
+MLLMS = {'qwen2_5_vl': Part(Qwen, QwenConfig, mllm_presets.PRESETS, mllm_presets.read_config)}
+BACKBONES = {'sana': Part(Sana, SanaConfig, sana.PRESETS, sana.read_config)}
+VAES = {
+    'pixel': Part(PixelVae, PixelConfig),
+    'dc_ae': Part(DcAe, DcAeConfig, dc_ae_config.PRESETS, dc_ae_config.read_config),
+}
+TEXT_ENCODERS = {'gemma2': Part(Gemma2, Gemma2Config, gemma2.PRESETS, gemma2.read_config)}
+PARTS = {
+    'mllm': MLLMS,
+    'backbone': BACKBONES,
+    'vae': VAES,
+    'text_encoder': TEXT_ENCODERS,
+}
+_SETTINGS = {  # what a group holds besides sizes
+    *('kind', 'size', 'remat', 'lora'),
+    *('tokenizer', 'tokens', 'instruction', 'reads'),
+}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 # config.objective -> {config.weights.NAME: where its parameters stand in the model}
@@ -39,7 +77,8 @@ COMPONENTS = {
         'mllm': 'mllm/',
         'backbone': 'backbone/',
         'vae': 'vae/',
-        'context_connector': 'context/',
+        'text_encoder': 'text_encoder/',
+        'context_connector': 'context/text/',
     },
     'next_token': {'mllm': ''},
 }
@@ -51,57 +90,111 @@ def choose(table: Mapping, key: str, name: str):
     return table[key]
 
 
-def weights_folder(name: str) -> pathlib.Path:
-    """A folder of weights, or the name of one that ships with the package, such as tiny_qwen."""
-    shipped = ASSETS / name
-    return shipped if shipped.is_dir() else pathlib.Path(name)
+RANDOM = 'random'  # as config.weights.NAME: initial values, on purpose
 
 
-def mllm_config(config: ConfigDict) -> QwenConfig:
-    """The preset; the config.json of weights, where there are some, must agree with it.
+def shipped(name: str) -> pathlib.Path:
+    """A folder, or the name of one that ships with the package, such as tiny_qwen."""
+    asset = ASSETS / name
+    return asset if asset.is_dir() else pathlib.Path(name)
 
-    Without a size the weights alone decide.
-    """
-    if config.mllm.size is None:
-        if config.weights.mllm is None:
-            raise InputError('config.weights.mllm is missing; give the folder of converted weights')
-        return read_config(weights_folder(config.weights.mllm))
-    preset = choose(PRESETS, config.mllm.size, 'config.mllm.size')
-    if (folder := config.weights.mllm) is None:
-        return preset
-    found = read_config(weights_folder(folder))
-    if found.vision is None:  # weights for text alone serve those who show no pictures
-        preset = dataclasses.replace(preset, vision=None)
-    if found != preset:
-        ours, theirs = (dict(sorted(c.to_json().items())) for c in (preset, found))
+
+def weights_folder(config: ConfigDict, name: str) -> pathlib.Path | None:
+    """That of config.weights.NAME, where there is one."""
+    folder = config.weights.get(name)
+    return None if folder in (None, RANDOM) else shipped(folder)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def find_part(config: ConfigDict, name: str) -> Part:
+    return choose(PARTS[name], config[name].kind, f'config.{name}.kind')
+
+
+def part_sizes(config: ConfigDict, name: str) -> Any:
+    """The sizes of config.NAME; the config.json of its weights, where it has some, must agree."""
+    part, group, folder = find_part(config, name), config[name], weights_folder(config, name)
+    found = None
+    if folder is not None and part.read_config is not None:
+        found = part.read_config(folder)
+    if 'size' not in group:
+        wanted = part.sizes(**{k: v for k, v in group.items() if k not in _SETTINGS})
+    elif group.size is not None:
+        wanted = choose(part.presets, group.size, f'config.{name}.size')
+    elif found is not None:
+        return found
+    else:
+        raise InputError(
+            f'config.weights.{name} is missing; give the folder of converted weights, or a '
+            f'config.{name}.size: {", ".join(part.presets)}'
+        )
+    if getattr(found, 'vision', True) is None:  # text alone serves those who show no pictures
+        wanted = dataclasses.replace(wanted, vision=None)
+    if found is not None and found != wanted:
+        ours, theirs = (dict(sorted(sizes.to_json().items())) for sizes in (wanted, found))
         differing = [f'{k}: {theirs[k]} there, {v} here' for k, v in ours.items() if theirs[k] != v]
-        raise InputError(f'{folder} is not of size {config.mllm.size!r}: {"; ".join(differing)}')
-    return preset
+        raise InputError(f'{folder} does not fit config.{name}: {"; ".join(differing)}')
+    return wanted
 
 
-def vae_config(config: ConfigDict) -> Any:
-    """The autoencoder's sizes; all of them have a `stride`."""
-    _, dataclass = choose(VAES, config.vae.kind, 'config.vae.kind')
-    return dataclass(**{k: v for k, v in config.vae.items() if k != 'kind'})
+def check_size(config: ConfigDict, height: int, width: int) -> None:
+    """Pixels must be multiples of the VAE's stride times the DiT's patch."""
+    multiple = part_sizes(config, 'vae').stride * part_sizes(config, 'backbone').patch_size
+    for name, size in (('height', height), ('width', width)):
+        if size <= 0 or size % multiple:
+            nearest = max(1, round(size / multiple)) * multiple
+            raise InputError(f'{name} {size} is not a multiple of {multiple} (nearest: {nearest})')
+
+
+# ---------------------------------------------------------------- what reads, on the host
 
 
 def build_encoder(config: ConfigDict) -> Encoder:
-    folder = config.prompt.tokenizer or config.weights.mllm  # converted weights hold their own
-    if folder is None:
-        raise InputError('config.prompt.tokenizer is missing; give a folder with tokenizer.json')
-    folder = weights_folder(folder)
     return Encoder(
-        tokenizer=ChatTokenizer(folder),
-        mllm=mllm_config(config),
+        tokenizer=ChatTokenizer(_tokenizer(config, 'prompt', 'mllm')),
+        mllm=part_sizes(config, 'mllm'),
         buckets=tuple(config.prompt.buckets),
         vision_buckets=VisionBuckets(
             pictures=tuple(config.prompt.pictures), windows=tuple(config.prompt.windows)
         ),
         min_pixels=config.prompt.min_pixels,
         max_pixels=config.prompt.max_pixels,
-        text_dropout=config.data.text_dropout,
         plan_tokens=config.prompt.plan_tokens,
+        max_text=config.prompt.max_text,
     )
+
+
+def build_text_tokenizer(config: ConfigDict) -> TextTokenizer:
+    group = config.text_encoder
+    kind = choose(READS, group.reads, 'config.text_encoder.reads')
+    options = {} if group.instruction else {'instruction': ''}
+    folder = _tokenizer(config, 'text_encoder', 'text_encoder')
+    return kind(folder, size=group.tokens, **options)
+
+
+def _tokenizer(config: ConfigDict, group: str, name: str) -> pathlib.Path:
+    """Converted weights hold their own."""
+    if (given := config[group].tokenizer) is not None:
+        return shipped(given)
+    if (folder := weights_folder(config, name)) is None:
+        raise InputError(f'config.{group}.tokenizer is missing; give a folder with tokenizer.json')
+    return folder
+
+
+def build_readers(config: ConfigDict) -> Readers:
+    return Readers(
+        mllm=build_encoder(config) if 'mllm' in config else None,
+        text_encoder=build_text_tokenizer(config) if 'text_encoder' in config else None,
+        text_dropout=config.data.text_dropout,
+    )
+
+
+# config.objective -> what makes its batches
+READERS = {'flow': build_readers, 'next_token': build_encoder}
+
+
+# ---------------------------------------------------------------- modules
 
 
 def _rngs(key: jax.Array, name: str) -> nnx.Rngs:
@@ -113,36 +206,27 @@ def _lora(config: ConfigDict) -> LoraConfig | None:
     return LoraConfig(**config) if config.rank else None
 
 
+def _dtype(config: ConfigDict) -> Any:
+    return choose(DTYPES, config.dtype, 'config.dtype')
+
+
+def build_part(config: ConfigDict, name: str, key: jax.Array, **settings) -> Any:
+    module, sizes = find_part(config, name).module, part_sizes(config, name)
+    return module(sizes, **settings, dtype=_dtype(config), rngs=_rngs(key, name))
+
+
 def build_mllm(config: ConfigDict, key: jax.Array) -> Qwen:
     """The MLLM alone, as language model."""
-    return Qwen(
-        mllm_config(config),
-        _lora(config.mllm.lora),
-        remat=config.mllm.remat,
-        dtype=choose(DTYPES, config.dtype, 'config.dtype'),
-        rngs=_rngs(key, 'mllm'),
-    )
+    group = config.mllm
+    return build_part(config, 'mllm', key, lora=_lora(group.lora), remat=group.remat)
 
 
 def build_metacanvas(config: ConfigDict, key: jax.Array) -> MetaCanvas:
-    """Figure 1."""
-    dtype = choose(DTYPES, config.dtype, 'config.dtype')
-    has_canvas = config.canvas.fuse != 'none'
-    if not has_canvas and config.mllm.lora.rank:
-        raise InputError(
-            f'config.mllm.lora.rank is {config.mllm.lora.rank} but config.canvas.fuse is none: the '
-            'LoRA acts on canvas tokens only; set the rank to 0'
-        )
-    mllm = build_mllm(config, key)
-    width = mllm.config.hidden_size
-    cls, dataclass = choose(BACKBONES, config.backbone.kind, 'config.backbone.kind')
-    sizes = {k: v for k, v in config.backbone.items() if k not in ('kind', 'remat')}
-    backbone = cls(
-        dataclass(**sizes), remat=config.backbone.remat, dtype=dtype, rngs=_rngs(key, 'backbone')
-    )
-    canvas = CanvasConfig(**config.canvas)
-    cls, _ = choose(VAES, config.vae.kind, 'config.vae.kind')
-    vae = cls(vae_config(config), dtype=dtype, rngs=_rngs(key, 'vae'))
+    """Figure 1; without config.mllm the base system alone."""
+    mllm = build_mllm(config, key) if 'mllm' in config else None
+    group = config.backbone
+    backbone = build_part(config, 'backbone', key, lora=_lora(group.lora), remat=group.remat)
+    vae = build_part(config, 'vae', key)
     if vae.channels != backbone.latent_channels:
         raise InputError(
             f'config.vae makes {vae.channels} latent channels, config.backbone takes '
@@ -150,18 +234,47 @@ def build_metacanvas(config: ConfigDict, key: jax.Array) -> MetaCanvas:
         )
     return MetaCanvas(
         mllm=mllm,
-        context=ContextConnector(
-            ContextConfig(**config.context),
-            width,
-            backbone.context_width,
-            rngs=_rngs(key, 'context'),
-        ),
-        canvas=Canvas(canvas, width, backbone, rngs=_rngs(key, 'canvas'))
-        if has_canvas
-        else NoCanvas(),
+        text_encoder=build_part(config, 'text_encoder', key) if 'text_encoder' in config else None,
+        context=_context(config, mllm, backbone, key),
+        canvas=_canvas(config, mllm, backbone, key),
         backbone=backbone,
         vae=vae,
     )
+
+
+def _context(config: ConfigDict, mllm: Qwen | None, backbone: Backbone, key) -> Context:
+    rngs, width = _rngs(key, 'context'), backbone.context_width
+    sizes = {k: v for k, v in config.context.items() if k != 'kind'}
+    texts = {
+        'mllm': lambda: ContextConnector(
+            ContextConfig(**sizes), _width(mllm, 'context.kind'), width, rngs=rngs
+        ),
+        'encoder': EncoderText,
+        'none': lambda: NoText(width),
+    }
+    queries = NoQueries()
+    if config.get('queries') is not None:
+        config_ = QueryConfig(**config.queries)
+        queries = MetaQueries(config_, _width(mllm, 'queries'), width, rngs=_rngs(key, 'queries'))
+    return Context(choose(texts, config.context.kind, 'config.context.kind')(), queries)
+
+
+def _canvas(config: ConfigDict, mllm: Qwen | None, backbone: Backbone, key) -> Canvas | NoCanvas:
+    if 'canvas' in config and config.canvas.fuse != 'none':
+        width = _width(mllm, 'canvas')
+        return Canvas(CanvasConfig(**config.canvas), width, backbone, rngs=_rngs(key, 'canvas'))
+    if mllm is not None and config.mllm.lora.rank and config.get('queries') is None:
+        raise InputError(
+            f'config.mllm.lora.rank is {config.mllm.lora.rank} but config.canvas.fuse is none: the '
+            'LoRA acts on canvas tokens only; set the rank to 0'
+        )
+    return NoCanvas()
+
+
+def _width(mllm: Qwen | None, reader: str) -> int:
+    if mllm is None:
+        raise InputError(f'config.{reader} reads the MLLM, and there is no config.mllm')
+    return mllm.config.hidden_size
 
 
 # config.objective -> the model that it trains
@@ -170,12 +283,3 @@ MODELS = {'flow': build_metacanvas, 'next_token': build_mllm}
 
 def build_model(config: ConfigDict, key: jax.Array) -> nnx.Module:
     return choose(MODELS, config.objective, 'config.objective')(config, key)
-
-
-def check_size(config: ConfigDict, height: int, width: int) -> None:
-    """Pixels must be multiples of the VAE's stride times the DiT's patch."""
-    multiple = vae_config(config).stride * config.backbone.patch_size
-    for name, size in (('height', height), ('width', width)):
-        if size <= 0 or size % multiple:
-            nearest = max(1, round(size / multiple)) * multiple
-            raise InputError(f'{name} {size} is not a multiple of {multiple} (nearest: {nearest})')

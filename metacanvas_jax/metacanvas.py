@@ -9,37 +9,51 @@ from flax import nnx
 
 from metacanvas_jax.backbones.base import Backbone
 from metacanvas_jax.canvas.canvas_connector import Canvas, NoCanvas
-from metacanvas_jax.canvas.context_connector import ContextConnector
+from metacanvas_jax.canvas.context_connector import Context
 from metacanvas_jax.mllm.qwen import Qwen
-from metacanvas_jax.types import Plan, Prompt, Visual
+from metacanvas_jax.text_encoders.base import TextEncoder
+from metacanvas_jax.types import Plan, Readings, Texts, Visual
 from metacanvas_jax.vae.base import Vae
 
 
 class MetaCanvas(nnx.Module):
+    """Without an MLLM, and with a text encoder, it is a base system as published."""
+
     def __init__(
         self,
-        mllm: Qwen,
-        context: ContextConnector,
+        mllm: Qwen | None,
+        text_encoder: TextEncoder | None,
+        context: Context,
         canvas: Canvas | NoCanvas,
         backbone: Backbone,
         vae: Vae,
     ):
-        self.mllm, self.context, self.canvas = mllm, context, canvas
+        self.mllm, self.text_encoder = mllm, text_encoder
+        self.context, self.canvas = context, canvas
         self.backbone, self.vae = backbone, vae
 
-    def plan(self, prompt: Prompt, latents: tuple[int, int, int], key=None) -> Plan:
-        """Once per sample; `latents` is (T, H, W), `key` turns training's dropout on.
-
-        Nothing trainable feeds the prefix, so no gradient enters it: the LoRA and the canvas learn
-        through the canvas pass alone.
+    def read(self, texts: Texts) -> Readings:
+        """Nothing trainable feeds the readers, so no gradient enters them: the LoRA, the queries
+        and the canvas learn through passes of their own over the K/V.
         """
+        states_BLD = kv = encoder = None
+        if self.mllm is not None:
+            assert texts.mllm
+            states_BLD, kv = self.mllm.prefix(texts.mllm)
+        if self.text_encoder is not None:
+            encoder = self.text_encoder.context(texts.encoder)
+        readings = Readings(prompt=texts.mllm, states_BLD=states_BLD, kv=kv, encoder=encoder)
+        return jax.lax.stop_gradient(readings)
+
+    def plan(self, texts: Texts, latents: tuple[int, int, int], key=None) -> Plan:
+        """Once per sample; `latents` is (T, H, W), `key` turns training's dropout on."""
         context_key, canvas_key = (None, None) if key is None else jax.random.split(key)
-        states_BLD, kv = jax.lax.stop_gradient(self.mllm.prefix(prompt))
-        context_BLD, context_length_B = self.context(states_BLD, prompt.length_B, context_key)
+        readings = self.read(texts)
+        context_BLD, context_length_B = self.context(self.mllm, readings, context_key)
         return Plan(
             context_BLD=context_BLD,
             context_length_B=context_length_B,
-            canvas=self.canvas.draw(self.mllm, prompt, kv, self.backbone.grid(latents), canvas_key),
+            canvas=self.canvas.draw(self.mllm, readings, self.backbone.grid(latents), canvas_key),
         )
 
     def velocity(self, z_BTHWC, t_BT, plan: Plan, visual: Visual) -> jax.Array:

@@ -23,24 +23,24 @@ from metacanvas_jax.build import (
     DTYPES,
     build_encoder,
     build_model,
+    build_readers,
     check_size,
     choose,
-    vae_config,
     weights_folder,
 )
 from metacanvas_jax.checkpoint import RunCheckpoints
-from metacanvas_jax.data.tasks import TASKS
+from metacanvas_jax.data.tasks import TASKS, Asked
 from metacanvas_jax.describe import Describer
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.path import frame_times
-from metacanvas_jax.flow.solver import euler
+from metacanvas_jax.flow.solver import SOLVERS
 from metacanvas_jax.flow.times import schedule
 from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.sharding import BATCH_AXES, make_mesh
 from metacanvas_jax.train.state import abstract, split_model
 from metacanvas_jax.train.trainable import trainable_filter
 from metacanvas_jax.train.workdir import read_config
-from metacanvas_jax.types import InputError, Visual
+from metacanvas_jax.types import InputError, Texts, Visual
 from metacanvas_jax.weights import comes_from_weights, match_weights, place_weights
 
 
@@ -56,17 +56,33 @@ def check_model(config: ConfigDict) -> nnx.filterlib.Filter:
     model = jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))
     for prefix, folder in _weights(config):
         match_weights(nnx.state(model), folder, prefix)
-    return trainable_filter(config.trainable, model)
+    wanted = trainable_filter(config.trainable, model)
+    _refuse_frozen_noise(config, nnx.state(model), wanted)
+    return wanted
 
 
 def _weights(config: ConfigDict) -> list[tuple[str, pathlib.Path]]:
     """(where in the model, the folder) of the weights that a run starts from."""
     places = COMPONENTS[config.objective]
-    given = {name: folder for name, folder in config.weights.items() if folder is not None}
-    return [
-        (choose(places, name, 'config.weights'), weights_folder(folder))
-        for name, folder in given.items()
-    ]
+    given = [(name, weights_folder(config, name)) for name in config.weights]
+    return [(choose(places, name, 'config.weights'), folder) for name, folder in given if folder]
+
+
+def _refuse_frozen_noise(config: ConfigDict, state: nnx.State, wanted) -> None:
+    """A part without weights must learn; for tests there is `random`."""
+    trainable, frozen = (
+        [path for path, _ in nnx.to_flat_state(part)]
+        for part in nnx.split_state(state, wanted, ...)
+    )
+    for name, prefix in COMPONENTS[config.objective].items():
+        learning, still = (
+            any(comes_from_weights(path, prefix) for path in paths) for paths in (trainable, frozen)
+        )
+        if still and not learning and config.weights.get(name) is None:
+            raise InputError(
+                f'config.weights.{name} is missing, and nothing of it learns; give the folder of '
+                'converted weights'
+            )
 
 
 def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -126,9 +142,10 @@ class Pipeline:
 
     def __init__(self, config: ConfigDict, graphdef, state: nnx.State, mesh: Mesh):
         self.config, self._graphdef, self._state, self._mesh = config, graphdef, state, mesh
-        self._encoder = build_encoder(config)
+        self._readers = build_readers(config)
+        self._vae = nnx.merge(graphdef, state).vae
         whole = NamedSharding(mesh, P())
-        static = ('latents', 'guidance', 'callback')
+        static = ('latents', 'solver', 'guidance', 'callback')
         self._solve = jax.jit(self._solve, static_argnames=static, out_shardings=whole)
         self._features = jax.jit(self._features, static_argnames='latents', out_shardings=whole)
         self._decode = jax.jit(self._decode, out_shardings=whole)
@@ -140,9 +157,16 @@ class Pipeline:
         return other
 
     @property
+    def has_canvas(self) -> bool:
+        return 'canvas' in self.config and self.config.canvas.fuse != 'none'
+
+    @property
     def describer(self) -> Describer:
         """The MLLM of this pipeline, to be asked about pictures."""
-        return Describer(self._encoder, self._model(self._state).mllm, self._mesh)
+        mllm = self._model(self._state).mllm
+        if mllm is None or self._readers.mllm is None:
+            raise InputError('this system has no MLLM to ask')
+        return Describer(self._readers.mllm, mllm, self._mesh)
 
     # ------------------------------------------------------------ for users
 
@@ -199,14 +223,16 @@ class Pipeline:
         z_1 = self._noise(indices, seed, latents) if noise is None else self._given(noise, latents)
         default = self.config.sample
         guidance = default.guidance if guidance is None else guidance
-        prompt, negative = self._pair(prompts, [negative_prompt] * len(prompts), indices, seed)
+        prompt, negative = self._pair(prompts, negative_prompt, indices, seed)
+        solver = choose(SOLVERS, default.solver, 'config.sample.solver')
         z = self._solve(
             self._state,
             prompt,
             negative,
             self._put(z_1),
-            schedule(steps or default.steps, default.shift),
+            solver.times(steps or default.steps, default.shift),
             latents=latents,
+            solver=solver.solve,
             guidance=float(guidance),
             callback=callback,
         )
@@ -221,15 +247,18 @@ class Pipeline:
     def canvas_features(
         self, prompts: Sequence[str], *, indices: Sequence[int], seed: int
     ) -> np.ndarray:
-        """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I)."""
-        if self.config.canvas.fuse == 'none':
+        """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I).
+
+        Half-way along Euler's steps, whatever the solver.
+        """
+        if not self.has_canvas:
             raise InputError(
                 'this model has no canvas (config.canvas.fuse is none): nothing to map'
             )
         latents, default = self._latents((None, None)), self.config.sample
         times = schedule(default.steps, default.shift)
         middle = int(jnp.argmin(jnp.abs(times - 0.5)))
-        prompt, negative = self._pair(prompts, [''] * len(prompts), indices, seed)
+        prompt, negative = self._pair(prompts, '', indices, seed)
         z_1 = self._put(self._noise(indices, seed, latents))
         z = self._solve(
             self._state,
@@ -238,6 +267,7 @@ class Pipeline:
             z_1,
             times[: middle + 1],
             latents=latents,
+            solver=SOLVERS['euler'].solve,
             guidance=float(default.guidance),
             callback=None,
         )
@@ -248,7 +278,7 @@ class Pipeline:
     def _model(self, state) -> MetaCanvas:
         return nnx.merge(self._graphdef, state)
 
-    def _solve(self, state, prompt, negative, z_1, times, *, latents, guidance, callback):
+    def _solve(self, state, prompt, negative, z_1, times, *, latents, solver, guidance, callback):
         """The whole sampler is one program."""
         model = self._model(state)
 
@@ -261,8 +291,8 @@ class Pipeline:
 
         plan = model.plan(prompt, latents)
         if guidance == 1:
-            return euler(lambda z, t: velocity(z, t, plan), z_1, times)
-        return euler(guided(velocity, plan, model.plan(negative, latents), guidance), z_1, times)
+            return solver(lambda z, t: velocity(z, t, plan), z_1, times)
+        return solver(guided(velocity, plan, model.plan(negative, latents), guidance), z_1, times)
 
     def _decode(self, state, z):
         return self._model(state).vae.decode(z)
@@ -279,50 +309,47 @@ class Pipeline:
     def _latents(self, size: tuple[int | None, int | None]) -> tuple[int, int, int]:
         height, width = (self.config.data.size if side is None else side for side in size)
         check_size(self.config, height, width)
-        stride = vae_config(self.config).stride
-        return 1, height // stride, width // stride
-
-    def _channels(self) -> int:
-        return self.config.backbone.in_channels
+        return 1, height // self._vae.stride, width // self._vae.stride
 
     def _noise(self, indices, seed: int, latents) -> np.ndarray:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))
-        draw = jax.vmap(lambda key: jax.random.normal(key, (*latents, self._channels())))
+        draw = jax.vmap(lambda key: jax.random.normal(key, (*latents, self._vae.channels)))
         return np.asarray(draw(keys(jnp.asarray(indices, jnp.uint32))))
 
     def _given(self, noise: np.ndarray, latents) -> np.ndarray:
-        want = (latents[1], latents[2], self._channels())
+        want = (latents[1], latents[2], self._vae.channels)
         noise = np.asarray(noise, np.float32)
         noise = noise[None] if noise.ndim == 3 else noise
         if noise.shape[1:] != want:
             raise InputError(f'the noise has shape {noise.shape[1:]}, this size wants {want}')
         return noise[:, None]
 
-    def _pair(self, prompts, negatives, indices: Sequence[int], seed: int):
+    def _pair(self, prompts, negative_prompt: str, indices: Sequence[int], seed: int):
         """Both branches of guidance in one bucket: they run as one batch."""
-        both = self._prompts([*prompts, *negatives], [*indices, *indices], seed)
+        asked = [Asked(text) for text in prompts]
+        against = [Asked(negative_prompt, negative=True)] * len(prompts)
+        both = self._texts([*asked, *against], [*indices, *indices], seed)
         halves = slice(len(prompts)), slice(len(prompts), None)
         return [self._put(jax.tree.map(lambda x: x[half], both)) for half in halves]  # noqa: B023
 
-    def _prompts(self, texts: Sequence[str], indices: Sequence[int], seed: int):
+    def _texts(self, asked: list[Asked], indices: Sequence[int], seed: int) -> Texts:
         """Where the run was trained with plans, the MLLM writes one first, but not about nothing.
 
         Image i has the plan that the MLLM draws with fold_in(key(seed), i).
         """
-        encoder = self._encoder
-        users = [TASKS['t2i'].prompt(text) for text in texts]
-        plans = [''] * len(users)
-        if encoder.plan_tokens and (asked := [row for row, text in enumerate(texts) if text]):
+        encoder = self._readers.mllm
+        rows = [row for row, one in enumerate(asked) if one.text]
+        if encoder is not None and encoder.plan_tokens and rows:
             answers = self.describer(
-                [users[row] for row in asked],
+                [TASKS['t2i'].prompt(asked[row].text) for row in rows],
                 max_new_tokens=encoder.plan_tokens,
                 temperature=self.config.sample.temperature,
                 seed=seed,
-                indices=[indices[row] for row in asked],
+                indices=[indices[row] for row in rows],
             )
-            for row, answer in zip(asked, answers, strict=True):
-                plans[row] = answer.text
-        return encoder.prompts([encoder.chat(*pair) for pair in zip(users, plans, strict=True)])
+            for row, answer in zip(rows, answers, strict=True):
+                asked[row] = dataclasses.replace(asked[row], plan=answer.text)
+        return self._readers.texts('t2i', asked)
 
     def _put(self, tree):
         """Host arrays, whole on every process, split over the mesh where the batch allows."""

@@ -14,6 +14,8 @@ A name ends in the letters of its axes: `z_BTHWC` are latents, `t_BT` one time p
 Times run from 0 (clean) to 1 (noise) everywhere.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from flax import struct
@@ -63,6 +65,32 @@ class EncoderPrompt:
 
 
 @struct.dataclass
+class EncoderStates:
+    """What such an encoder made of a prompt: the states that the DiT gets, right-padded."""
+
+    states_BLD: Array
+    length_B: Array
+
+
+@struct.dataclass
+class Texts:
+    """The same prompts as each of a system's readers takes them; None for one that it lacks."""
+
+    mllm: Prompt | None
+    encoder: EncoderPrompt | EncoderStates | None = None
+
+
+@struct.dataclass
+class Readings:
+    """What the frozen readers made of `Texts`: no gradient enters them."""
+
+    prompt: Prompt | None  # the MLLM's
+    states_BLD: Array | None
+    kv: Any  # of every layer of the MLLM
+    encoder: EncoderStates | None
+
+
+@struct.dataclass
 class Visual:
     """What the DiT sees besides noise; tasks differ in data, never in program."""
 
@@ -90,7 +118,7 @@ class Patches:
 class Batch:
     """One training step of the diffusion objective: pixels in [-1, 1], channels last."""
 
-    prompt: Prompt
+    texts: Texts
     visual: Visual
     pixels_BFHWC: Array
 

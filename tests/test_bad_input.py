@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 
 from metacanvas_jax import command
-from metacanvas_jax.build import mllm_config
+from metacanvas_jax.build import part_sizes
 from metacanvas_jax.checkpoint import save_weights
 from tests.test_resume import ROOT, config_file, environment, uninterrupted
 from tests.test_resume import command as command_line
@@ -116,7 +116,7 @@ def test_train(run, tiny, tmp_path, config, args, message):
 @pytest.mark.parametrize('broken', ['missing', 'smaller', 'unknown', 'absent', 'truncated'])
 def test_weights_that_do_not_fit(run, tiny, tmp_path, broken, tmp_path_factory):
     config = command.load_config(tiny.removeprefix('--config='))
-    sizes = mllm_config(config).to_json()
+    sizes = part_sizes(config, 'mllm').to_json()
     folder = tmp_path / 'weights'
     arrays = {'language/norm/scale': np.ones(192, np.float32)}
     message = 'does not fit this config: .* is missing there'

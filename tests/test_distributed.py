@@ -144,7 +144,7 @@ def assert_split_in_four(workdir: pathlib.Path) -> None:
 @pytest.mark.parametrize('variant', quickstart.VARIANTS)
 def test_every_parameter_has_a_spec(variant):
     config = quickstart.get_config(variant)
-    config.weights.mllm = None
+    config.weights.mllm = 'random'
     config.mllm.lora.rank = 2 if config.canvas.fuse != 'none' else 0
     model = jax.eval_shape(lambda: build_model(config, jax.random.key(0)))
     state = nnx.state(model)

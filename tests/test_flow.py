@@ -207,7 +207,7 @@ def test_guidance_extrapolates_from_the_negative():
 
 def test_each_branch_of_guidance_has_its_own_canvas():
     """A new canvas is the same (nothing) for all prompts, a trained one is not."""
-    prompts = tiny.prompt(seed=0), tiny.prompt(seed=1)
+    prompts = tiny.texts(seed=0), tiny.texts(seed=1)
     plan = jax.jit(lambda model, prompt: model.plan(prompt, (1, 4, 6)))
     new = tiny.randomised(tiny.metacanvas(tiny.sana))
     a, b = (plan(new, prompt).canvas for prompt in prompts)

@@ -76,7 +76,7 @@ CASES += [('video', 'full', {'keyframes': 3, 'stride': 2}, (1, 6, 10))]
 def test_a_new_canvas_changes_no_bit_of_the_velocity(kind, row, canvas, latents):
     model = _model(kind, row, **canvas)
     z, t_BT, visual = _inputs(kind, latents)
-    made = plan(model, tiny.prompt(), z.shape[1:4])
+    made = plan(model, tiny.texts(), z.shape[1:4])
     z_fused, patches = fused(model, z, t_BT, made, visual)
     plain = patchify(model.backbone, z, visual)
     np.testing.assert_array_equal(z_fused, z)
@@ -90,7 +90,7 @@ def test_a_new_canvas_changes_no_bit_of_the_velocity(kind, row, canvas, latents)
         return
     # With P1 and P2 random the same programs do change it.
     trained = _model(kind, row, zero=(), **canvas)
-    made = plan(trained, tiny.prompt(), z.shape[1:4])
+    made = plan(trained, tiny.texts(), z.shape[1:4])
     _, patches = fused(trained, z, t_BT, made, visual)
     assert tiny.error(velocity(trained.backbone, patches, t_BT, made), expected) > 1e-2
 
@@ -147,7 +147,7 @@ LEARNING = {
 def test_gradients_arrive_one_projection_at_a_time(kind, row):
     model = _model(kind, row, zero=(*tiny.PROJECTIONS, '/lora/b'))
     z, t_BT, visual = _inputs(kind)
-    target, prompt = tiny.normal(*z.shape, seed=5), tiny.prompt()
+    target, prompt = tiny.normal(*z.shape, seed=5), tiny.texts()
     learning = LEARNING[row]
 
     def wanted(path, _):
@@ -199,7 +199,7 @@ def test_clean_frames_are_left_alone(row):
     clean_BT = jnp.array([[1, 0, 0, 0, 0], [1, 1, 0, 1, 0]], jnp.float32)
     z, t_BT, _ = _inputs('video')
     t_BT, visual = t_BT * (1 - clean_BT), Visual(clean_BT=clean_BT)
-    made = plan(model, tiny.prompt(), (5, 8, 12))
+    made = plan(model, tiny.texts(), (5, 8, 12))
     z_fused, patches = fused(model, z, t_BT, made, visual)
     plain = patchify(model.backbone, z, visual)
     same_z = (np.asarray(z_fused) == z).all((2, 3, 4))

@@ -15,6 +15,7 @@ from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import (
     TASKS,
     Encoder,
+    Readers,
     Record,
     TextRecord,
     diffusion_batch,
@@ -33,7 +34,7 @@ class Data:
     seed, size = SEED, SIZE
 
 
-def encoder(text_dropout: float = 0.0, buckets=(64, 160)) -> Encoder:
+def encoder(buckets=(64, 160)) -> Encoder:
     tokenizer = ChatTokenizer(FOLDER)
     return Encoder(
         tokenizer,
@@ -42,19 +43,22 @@ def encoder(text_dropout: float = 0.0, buckets=(64, 160)) -> Encoder:
         vision_buckets=VisionBuckets(pictures=(1,), windows=(4,)),
         min_pixels=64 * 64,
         max_pixels=64 * 64,
-        text_dropout=text_dropout,
     )
 
 
+def readers(text_dropout: float = 0.0, buckets=(64, 160)) -> Readers:
+    return Readers(encoder(buckets), text_encoder=None, text_dropout=text_dropout)
+
+
 def pictures(threads: int = 1, seed: int = SEED) -> Loader:
-    encode = functools.partial(diffusion_batch, encoder=encoder(0.3, (64,)))
+    encode = functools.partial(diffusion_batch, readers(0.3, (64,)))
     sources = SOURCES['shapes'](Data)
     options = dict(batch=BATCH, accumulate=1, prefetch=3)
     return Loader(sources, dict(t2i=1.0), encode, seed=seed, threads=threads, **options)
 
 
 def texts() -> Loader:
-    encode = functools.partial(text_batch, encoder=encoder(buckets=(160,)))
+    encode = functools.partial(text_batch, encoder(buckets=(160,)))
     options = dict(batch=BATCH, accumulate=1, prefetch=3, threads=1)
     return Loader(SOURCES['shapes_text'](Data), MIXED, encode, seed=SEED, **options)
 
@@ -82,7 +86,7 @@ def test_threads_and_seeds():
     one, two = list(pictures().iterate(0, 8)), list(pictures(threads=2).iterate(0, 8))
     assert all(map(same, one, two))
     other = pictures(seed=SEED + 1).batch(0)
-    assert not np.array_equal(other.prompt.ids_BL, one[0].prompt.ids_BL)  # other lots
+    assert not np.array_equal(other.texts.mllm.ids_BL, one[0].texts.mllm.ids_BL)  # other lots
 
 
 def test_no_record_twice():
@@ -107,7 +111,7 @@ def test_processes_tile_the_batch(make, processes, monkeypatch):
 
 def test_every_process_chooses_the_same_bucket(monkeypatch):
     """A global array has one length: the bucket may not depend on the rows of a process."""
-    encode = functools.partial(diffusion_batch, encoder=encoder(buckets=tuple(range(30, 65))))
+    encode = functools.partial(diffusion_batch, readers(buckets=tuple(range(30, 65))))
     sizes = []
     monkeypatch.setattr(jax, 'process_count', lambda: BATCH)
     monkeypatch.setattr(jax, 'device_count', lambda: BATCH)
@@ -115,7 +119,7 @@ def test_every_process_chooses_the_same_bucket(monkeypatch):
         monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
         options = dict(batch=BATCH, accumulate=1, prefetch=1, threads=1, seed=SEED)
         loader = Loader(SOURCES['shapes'](Data), dict(t2i=1.0), encode, **options)
-        sizes.append(loader.batch(0).prompt.ids_BL.shape[1])
+        sizes.append(loader.batch(0).texts.mllm.ids_BL.shape[1])
     assert len(set(sizes)) == 1
 
 
@@ -129,11 +133,11 @@ def test_text_dropout():
     """Independent of the text, at the asked rate, and the prompt is then that of no text."""
     n, rate = 4096, 0.1
     record = Record(text='a red circle', pixels=np.zeros((1, SIZE, SIZE, 3), np.uint8))
-    kept, gone = (diffusion_batch('t2i', [record], [lot], encoder(rate)) for lot in (0.5, 0.01))
-    empty = diffusion_batch('t2i', [Record('', record.pixels)], [0.5], encoder(rate))
+    kept, gone = (diffusion_batch(readers(rate), 't2i', [record], [lot]) for lot in (0.5, 0.01))
+    empty = diffusion_batch(readers(rate), 't2i', [Record('', record.pixels)], [0.5])
     assert same(gone, empty)
     assert not same(gone, kept)
-    assert same(diffusion_batch('t2i', [record], [0.0], encoder(0.0)), kept)
+    assert same(diffusion_batch(readers(), 't2i', [record], [0.0]), kept)
 
     sources = {'t2i': [record] * BATCH}
     options = dict(batch=BATCH, accumulate=1, seed=SEED, threads=1, prefetch=1)
@@ -142,8 +146,10 @@ def test_text_dropout():
     sigma = (rate * (1 - rate) / n) ** 0.5
     assert abs(np.mean(lots < rate) - rate) < 3 * sigma
     assert len(set(lots)) == n
-    rows = diffusion_batch('t2i', [record] * 64, lots[:64], encoder(rate)).prompt.length_B
-    assert np.array_equal(rows == gone.prompt.length_B[0], lots[:64] < rate)
+    many = diffusion_batch(readers(rate), 't2i', [record] * 64, lots[:64]).texts.mllm
+    assert many
+    assert gone.texts.mllm
+    assert np.array_equal(many.length_B == gone.texts.mllm.length_B[0], lots[:64] < rate)
 
 
 # ---------------------------------------------------------------- prompts

@@ -60,7 +60,7 @@ def test_prefix_is_the_same_bits_whatever_the_lora():
 
 def test_context_is_the_same_bits_whatever_the_canvas():
     """Through the whole plan: values and number of canvas tokens, and the LoRA on them."""
-    prompt = tiny.prompt()
+    prompt = tiny.texts()
     make = tiny.metacanvas(tiny.video, lora=tiny.LORA, keyframes=3)
     model = tiny.randomised(make, zero=())
     plan = jax.jit(lambda model, prompt: model.plan(prompt, (5, 8, 12)))
@@ -78,11 +78,12 @@ def test_context_is_the_same_bits_whatever_the_canvas():
 def test_context_leaves_out_what_all_prompts_begin_with():
     model, prompt = tiny.randomised(tiny.metacanvas(tiny.video, fuse='none')), tiny.prompt()
     states, _ = prefix(model.mllm, prompt)
-    plan = model.plan(prompt, (1, 4, 4))
-    skip = model.context.skip
+    plan = model.plan(tiny.texts(), (1, 4, 4))
+    connector = model.context.text
+    skip = connector.skip
     assert skip > 0
     np.testing.assert_array_equal(plan.context_length_B, prompt.length_B - skip)
-    expected = model.context.down(jax.nn.gelu(model.context.up(states[:, skip:])))
+    expected = connector.down(jax.nn.gelu(connector.up(states[:, skip:])))
     assert tiny.error(plan.context_BLD, expected) <= 1e-5
 
 
@@ -255,12 +256,12 @@ def test_every_canvas_token_sees_every_prompt_token():
 def test_gradient_enters_the_canvas_pass_alone():
     """Canvas tokens and all LoRA leaves learn; the prompt's own parameters get exactly nothing."""
     make = tiny.metacanvas(tiny.video, lora=tiny.LORA, keyframes=3)
-    model, prompt = tiny.randomised(make, zero=()), tiny.prompt()
+    model, texts = tiny.randomised(make, zero=()), tiny.texts()
 
     @jax.jit
     @jax.grad
     def gradients(model, share):
-        plan = model.plan(prompt, (5, 8, 12))
+        plan = model.plan(texts, (5, 8, 12))
         return share * jnp.sum(jnp.sin(plan.canvas)) + jnp.sum(jnp.sin(plan.context_BLD))
 
     found = tiny.named(gradients(model, 1.0))

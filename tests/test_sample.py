@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import metacanvas_jax as mc
-from metacanvas_jax.data.tasks import TASKS
+from metacanvas_jax.data.tasks import TASKS, Asked
 from metacanvas_jax.types import InputError
 from tests.test_bad_input import assert_one_line, process, script
 from tests.test_resume import STEPS, config_file, finished, once, uninterrupted
@@ -202,8 +202,8 @@ def test_no_canvas_no_map(tmp_path, tmp_path_factory):
 def test_plans_come_before_pictures(pipe):
     """What the MLLM writes about image i stands in its prompt; nothing is written about nothing."""
     texts, indices = [PROMPT, '', 'a cross'], [4, 5, 6]
-    tokenizer = pipe._encoder.tokenizer
-    prompt = pipe._prompts(texts, indices, SEED)
+    tokenizer = pipe._readers.mllm.tokenizer
+    prompt = pipe._texts([Asked(text) for text in texts], indices, SEED).mllm
     asked = [TASKS['t2i'].prompt(text) for text in texts]
     written = [
         pipe.describer(

@@ -105,7 +105,7 @@ def test_row_of_table_3_trains(row):
     step = make_train_step(graphdef, FLOW, tx, accumulate=1, ema_decay=0, where=where)
     clean_BT = np.array([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0]], np.float32)
     batch = Batch(
-        prompt=tiny.prompt(),
+        texts=tiny.texts(),
         visual=Visual(clean_BT=clean_BT),
         pixels_BFHWC=np.asarray(tiny.normal(2, 5, 8, 12, 3)),
     )

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from metacanvas_jax.build import build_encoder
+from metacanvas_jax.build import build_readers
 from metacanvas_jax.data.loader import process_rows, task_of_step
 from metacanvas_jax.data.tasks import Record, diffusion_batch
 from metacanvas_jax.train.objective import OBJECTIVES
@@ -41,7 +41,7 @@ def _batch(size: int, *, frames: int) -> Batch:
     """Noise to learn by heart: 2 x 3 latents for SANA, 4 x 6 for the video toy."""
     lengths = np.random.default_rng(0).integers(4, 10, size)
     return Batch(
-        prompt=tiny.prompt(tuple(lengths)),
+        texts=tiny.texts(tuple(lengths)),
         visual=Visual(clean_BT=np.zeros((size, frames), np.float32)),
         pixels_BFHWC=np.asarray(jnp.tanh(tiny.normal(size, frames, 4, 6, 3))),
     )
@@ -346,14 +346,16 @@ def test_dropped_text_keeps_the_template():
     """The unconditional prompt of guidance is the task's template around nothing."""
     config = tiny.config()
     config.data.text_dropout = 0.5
-    encoder = build_encoder(config)
+    readers = build_readers(config)
     records = [Record('a red circle', np.zeros((1, 8, 8, 3), np.uint8))] * 2
-    batch = diffusion_batch('t2i', records, [0.4, 0.6], encoder)
-    empty = encoder.tokenizer.chat('Please generate image based on the following caption: ')[0]
-    full = encoder.tokenizer.chat(
-        'Please generate image based on the following caption: a red circle'
-    )[0]
+    batch = diffusion_batch(readers, 't2i', records, [0.4, 0.6])
+    assert readers.mllm
+    tokenizer = readers.mllm.tokenizer
+    empty = tokenizer.chat('Please generate image based on the following caption: ')[0]
+    full = tokenizer.chat('Please generate image based on the following caption: a red circle')[0]
+    prompt = batch.texts.mllm
+    assert prompt
     for row, ids in enumerate((empty, full)):
-        assert batch.prompt.length_B[row] == len(ids)
-        np.testing.assert_array_equal(batch.prompt.ids_BL[row, : len(ids)], ids)
+        assert prompt.length_B[row] == len(ids)
+        np.testing.assert_array_equal(prompt.ids_BL[row, : len(ids)], ids)
     np.testing.assert_array_equal(batch.pixels_BFHWC, -1)

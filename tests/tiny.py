@@ -16,7 +16,8 @@ from metacanvas_jax.backbones.base import Backbone
 from metacanvas_jax.backbones.sana import Sana, SanaConfig
 from metacanvas_jax.canvas.canvas_connector import Canvas, NoCanvas
 from metacanvas_jax.canvas.config import CanvasConfig, ContextConfig
-from metacanvas_jax.canvas.context_connector import ContextConnector
+from metacanvas_jax.canvas.context_connector import Context, ContextConnector
+from metacanvas_jax.canvas.queries import NoQueries
 from metacanvas_jax.data.prompts import make_prompts
 from metacanvas_jax.layers.linear import Linear, LoraConfig
 from metacanvas_jax.layers.patch import from_patches, to_patches
@@ -24,7 +25,7 @@ from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.sharding import MESH_AXES
-from metacanvas_jax.types import Patches, Prompt
+from metacanvas_jax.types import Patches, Prompt, Texts
 from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
 
 QWEN = QwenConfig(
@@ -135,7 +136,10 @@ def metacanvas(
         none = config.fuse == 'none'
         return MetaCanvas(
             mllm=qwen(rngs, lora),
-            context=ContextConnector(context, width, dit.context_width, rngs=rngs),
+            text_encoder=None,
+            context=Context(
+                ContextConnector(context, width, dit.context_width, rngs=rngs), NoQueries()
+            ),
             canvas=NoCanvas() if none else Canvas(config, width, dit, rngs=rngs),
             backbone=dit,
             vae=PixelVae(
@@ -206,6 +210,11 @@ def prompt(lengths=(5, 9), *, size: int = 12, seed: int = 0) -> Prompt:
     return make_prompts(chats, QWEN, pad=PAD, buckets=(size,))
 
 
+def texts(*args, **kwargs) -> Texts:
+    """As `prompt`, for a MetaCanvas."""
+    return Texts(mllm=prompt(*args, **kwargs))
+
+
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
@@ -227,7 +236,7 @@ def one_device() -> Mesh:
 def config(**canvas) -> ConfigDict:
     """The quickstart, with a smaller DiT and a random MLLM; `canvas` are changes of its canvas."""
     config = quickstart.get_config()
-    config.weights.mllm = None
+    config.weights.mllm = 'random'
     config.batch_size = 4
     config.prompt.buckets = (64,)
     config.context.hidden = 32

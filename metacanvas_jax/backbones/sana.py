@@ -8,6 +8,7 @@ SANA 1.5 (arXiv 2501.18427) normalises q and k of both attentions.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -19,7 +20,7 @@ from flax import nnx
 
 from metacanvas_jax.backbones.base import Backbone
 from metacanvas_jax.layers.attention import attend, linear_attention, merge_heads, split_heads
-from metacanvas_jax.layers.linear import Linear, normal, zeros
+from metacanvas_jax.layers.linear import Linear, LoraConfig, normal, zeros
 from metacanvas_jax.layers.mlp import GluMbConv, Mlp
 from metacanvas_jax.layers.norm import NoNorm, RmsNorm, layer_norm, modulate
 from metacanvas_jax.layers.patch import from_patches, to_patches
@@ -124,29 +125,58 @@ def read_config(directory: str | pathlib.Path) -> SanaConfig:
     return config
 
 
+_SANA = SanaConfig(
+    in_channels=32,
+    num_attention_heads=70,
+    attention_head_dim=32,
+    num_layers=20,
+    num_cross_attention_heads=20,
+    caption_channels=2304,
+    mlp_ratio=2.5,
+    patch_size=1,
+    qk_norm=None,
+)
+# To train from scratch and to trace without weights; with weights their config.json must agree.
+PRESETS = {
+    'sana_1600m': _SANA,
+    'sana1.5_1600m': dataclasses.replace(_SANA, qk_norm='rms_norm_across_heads'),
+}
+
+
 class Projections(nnx.Module):
     """q, k, v and output of one attention."""
 
-    def __init__(self, width: int, *, bias: bool, qk_norm: str | None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        bias: bool,
+        qk_norm: str | None,
+        lora: LoraConfig | None,
+        rngs: nnx.Rngs,
+    ):
+        linear = functools.partial(Linear, width, width, lora=lora, rngs=rngs)
         heads = ('embed', 'heads')
-        self.to_q = Linear(width, width, heads, bias=bias, rngs=rngs)
-        self.to_k = Linear(width, width, heads, bias=bias, rngs=rngs)
-        self.to_v = Linear(width, width, heads, bias=bias, rngs=rngs)
-        self.to_out = Linear(width, width, ('heads', 'embed'), rngs=rngs)
+        self.to_q, self.to_k, self.to_v = (linear(heads, bias=bias) for _ in range(3))
+        self.to_out = linear(('heads', 'embed'))
         self.norm_q, self.norm_k = QK_NORMS[qk_norm](width), QK_NORMS[qk_norm](width)
 
     def qkv(self, x_BSD, context_BLD, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k = self.norm_q(self.to_q(x_BSD)), self.norm_k(self.to_k(context_BLD))
-        v = self.to_v(context_BLD)
+        q = self.norm_q(self.to_q.adapted(x_BSD, None))
+        k = self.norm_k(self.to_k.adapted(context_BLD, None))
+        v = self.to_v.adapted(context_BLD, None)
         return split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+
+    def out(self, attended_BSNE) -> jax.Array:
+        return self.to_out.adapted(merge_heads(attended_BSNE), None)
 
 
 class SanaBlock(nnx.Module):
-    def __init__(self, config: SanaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: SanaConfig, lora: LoraConfig | None, *, rngs: nnx.Rngs):
         D = config.width
         self.heads, self.cross_heads = config.num_attention_heads, config.num_cross_attention_heads
-        self.attn1 = Projections(D, bias=False, qk_norm=config.qk_norm, rngs=rngs)
-        self.attn2 = Projections(D, bias=True, qk_norm=config.qk_norm, rngs=rngs)
+        attention = functools.partial(Projections, D, qk_norm=config.qk_norm, lora=lora, rngs=rngs)
+        self.attn1, self.attn2 = attention(bias=False), attention(bias=True)
         self.ff = GluMbConv(D, config.mlp_ratio, rngs=rngs)
         table = jax.random.normal(rngs.params(), (6, D)) * D**-0.5
         self.scale_shift_table = nnx.Param(table, axes=(None, 'embed'))
@@ -160,11 +190,10 @@ class SanaBlock(nnx.Module):
 
         y = modulate(layer_norm(x, 1e-6), shift_a, scale_a)
         attended = linear_attention(*self.attn1.qkv(y, y, self.heads))
-        x = x + gate_a * self.attn1.to_out(merge_heads(attended))
+        x = x + gate_a * self.attn1.out(attended)
 
         q, k, v = self.attn2.qkv(x, context_BLD, self.cross_heads)
-        attended = attend(q, k, v, length_B=context_length_B)
-        x = x + self.attn2.to_out(merge_heads(attended))
+        x = x + self.attn2.out(attend(q, k, v, length_B=context_length_B))
 
         y = modulate(layer_norm(x, 1e-6), shift_f, scale_f)
         y = self.ff(rearrange(y, 'B (h w) D -> B h w D', h=h))
@@ -172,7 +201,17 @@ class SanaBlock(nnx.Module):
 
 
 class Sana(Backbone):
-    def __init__(self, config: SanaConfig, *, remat: str, dtype, rngs: nnx.Rngs):
+    """The LoRA, where there is one, is on the attentions' linear layers (App. B.4)."""
+
+    def __init__(
+        self,
+        config: SanaConfig,
+        *,
+        lora: LoraConfig | None = None,
+        remat: str,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
         D, p = config.width, config.patch_size
         self.config, self.remat, self.dtype = config, remat, dtype
         self.width, self.patch = D, p
@@ -183,7 +222,7 @@ class Sana(Backbone):
         self.caption_projection = Mlp(config.caption_channels, D, D, init=normal(0.02), rngs=rngs)
         self.caption_norm = RmsNorm(D, 1e-5)
         self.transformer_blocks = stack(
-            lambda rngs: SanaBlock(config, rngs=rngs), config.num_layers, rngs
+            lambda rngs: SanaBlock(config, lora, rngs=rngs), config.num_layers, rngs
         )
         table = jax.random.normal(rngs.params(), (2, D)) * D**-0.5
         self.scale_shift_table = nnx.Param(table, axes=(None, 'embed'))

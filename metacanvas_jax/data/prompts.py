@@ -45,6 +45,11 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    def cut(self, text: str, size: int) -> str:
+        """The start of a text that is longer than `size` tokens."""
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        return text if len(offsets) <= size else text[: offsets[size - 1][1]]
+
     def _turn(self, role: str, text: str) -> list[int]:
         return [self.start, *self.text(f'{role}\n{text}'), self.end]
 

@@ -114,3 +114,19 @@ class SanaTokenizer:
             taken_BL=taken_BL,
             context_length_B=(taken_BL < length_B[:, None]).sum(1, dtype=np.int32),
         )
+
+
+class NoWords(SanaTokenizer):
+    """Every prompt is read as the empty one: the paper's canvas without text (App. B.1)."""
+
+    def prompt(self, text: str) -> Row:
+        del text
+        return self.negative()
+
+    def negative(self, text: str = '') -> Row:
+        del text
+        return super().negative()
+
+
+# config.text_encoder.reads -> class
+READS = {'prompt': SanaTokenizer, 'nothing': NoWords}

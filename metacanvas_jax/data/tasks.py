@@ -5,6 +5,7 @@ The model sees arrays and masks and cannot ask which task it is.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -13,7 +14,15 @@ from metacanvas_jax.data.media import Media, see_image, see_video
 from metacanvas_jax.data.prompts import ChatTokenizer, make_prompts
 from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.windows import VisionBuckets
-from metacanvas_jax.types import Batch, InputError, Prompt, TextBatch, Visual
+from metacanvas_jax.types import (
+    Batch,
+    EncoderPrompt,
+    InputError,
+    Prompt,
+    TextBatch,
+    Texts,
+    Visual,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +47,7 @@ def check_tasks(names: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Host-side settings of a run that its batches are made with."""
+    """Host side of the MLLM: chats and pictures to what it reads."""
 
     tokenizer: ChatTokenizer
     mllm: QwenConfig
@@ -46,12 +55,15 @@ class Encoder:
     vision_buckets: VisionBuckets
     min_pixels: int  # of a picture as the MLLM sees it
     max_pixels: int
-    text_dropout: float = 0.0
     plan_tokens: int = 0  # the longest plan that the MLLM writes before it draws; 0: none
 
-    def chat(self, user: str, plan: str) -> list[int]:
+    max_text: int | None = None  # tokens of a prompt to draw from that the MLLM reads
+
+    def chat(self, task: str, text: str, plan: str) -> list[int]:
         """A prompt to draw from: its response is the plan, or empty, as in the paper."""
-        return self.tokenizer.chat(user, plan if self.plan_tokens else '')[0]
+        if self.max_text is not None:
+            text = self.tokenizer.cut(text, self.max_text)
+        return self.tokenizer.chat(TASKS[task].prompt(text), plan if self.plan_tokens else '')[0]
 
     def see(self, pictures: Sequence[np.ndarray]) -> list[Media]:
         """uint8 (H, W, 3) each."""
@@ -77,6 +89,43 @@ class Encoder:
                 windows=_common(self.vision_buckets.windows),
             ),
         )
+
+
+class TextTokenizer(Protocol):
+    """Host side of a text encoder, such as `data/sana_prompts.py`."""
+
+    def prompt(self, text: str) -> Any: ...
+
+    def negative(self, text: str) -> Any: ...
+
+    def batch(self, rows: Sequence[Any]) -> EncoderPrompt: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What one sample is to be; `negative` is what guidance steers away from."""
+
+    text: str
+    plan: str = ''
+    negative: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Readers:
+    """Host side of all that reads prompts; None where a system lacks one."""
+
+    mllm: Encoder | None
+    text_encoder: TextTokenizer | None
+    text_dropout: float = 0.0
+
+    def texts(self, task: str, asked: Sequence[Asked]) -> Texts:
+        chats = tokens = None
+        if self.mllm is not None:
+            chats = self.mllm.prompts([self.mllm.chat(task, a.text, a.plan) for a in asked])
+        if (tokenizer := self.text_encoder) is not None:
+            rows = [(tokenizer.negative if a.negative else tokenizer.prompt)(a.text) for a in asked]
+            tokens = tokenizer.batch(rows)
+        return Texts(mllm=chats, encoder=tokens)
 
 
 def _common(buckets: tuple[int, ...]) -> tuple[int, ...]:
@@ -105,24 +154,24 @@ class TextRecord:
     pictures: tuple[np.ndarray, ...] = ()
 
 
-def diffusion_batch(task: str, records: Sequence[Record], lots, encoder: Encoder) -> Batch:
+def diffusion_batch(readers: Readers, task: str, records: Sequence[Record], lots) -> Batch:
     """`lots` are uniform numbers, one a record: below `text_dropout` the text is taken away.
 
     That trains the unconditional branch of guidance; pictures in the prompt stay.
     """
-    chats = []
-    for record, lot in zip(records, lots, strict=True):
-        text, plan = (record.text, record.plan) if lot >= encoder.text_dropout else ('', '')
-        chats.append(encoder.chat(TASKS[task].prompt(text), plan))
+    asked = [
+        Asked(record.text, record.plan) if lot >= readers.text_dropout else Asked('', negative=True)
+        for record, lot in zip(records, lots, strict=True)
+    ]
     pixels = np.stack([record.pixels for record in records]).astype(np.float32) / 127.5 - 1
     # One latent frame for pictures: the count of latent frames is the VAE's to say, from F.
     clean_BT = np.zeros((len(records), 1), np.float32)
     return Batch(
-        prompt=encoder.prompts(chats), visual=Visual(clean_BT=clean_BT), pixels_BFHWC=pixels
+        texts=readers.texts(task, asked), visual=Visual(clean_BT=clean_BT), pixels_BFHWC=pixels
     )
 
 
-def text_batch(task: str, records: Sequence[TextRecord], lots, encoder: Encoder) -> TextBatch:
+def text_batch(encoder: Encoder, task: str, records: Sequence[TextRecord], lots) -> TextBatch:
     """The loss is on the assistant's words and its end of sequence.
 
     Either all records of a task show pictures, or none does.

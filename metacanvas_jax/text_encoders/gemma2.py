@@ -25,7 +25,8 @@ from metacanvas_jax.layers.mlp import ACTIVATIONS
 from metacanvas_jax.layers.norm import OffsetRmsNorm
 from metacanvas_jax.layers.stack import scan, stack
 from metacanvas_jax.sharding import BATCH_AXES, constrain
-from metacanvas_jax.types import EncoderPrompt, InputError
+from metacanvas_jax.text_encoders.base import TextEncoder
+from metacanvas_jax.types import EncoderPrompt, EncoderStates, InputError
 
 SLIDING, FULL = 'sliding_attention', 'full_attention'
 init = normal(0.02)
@@ -59,6 +60,25 @@ class Gemma2Config:
         """The published flat layout, which transformers reads too."""
         values = dataclasses.asdict(self) | {'layer_types': list(self.layer_types)}
         return {'model_type': 'gemma2', 'architectures': ['Gemma2Model'], **values}
+
+
+PRESETS = {
+    'gemma_2_2b': Gemma2Config(
+        vocab_size=256000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        query_pre_attn_scalar=256.0,
+        attn_logit_softcapping=50.0,
+        sliding_window=4096,
+        layer_types=(SLIDING, FULL) * 13,
+    )
+}
 
 
 class Attention(nnx.Module):
@@ -114,7 +134,7 @@ class Layer(nnx.Module):
         return x_BLD + self.post_feedforward_layernorm(y)
 
 
-class Gemma2(nnx.Module):
+class Gemma2(TextEncoder):
     """Frozen wherever it is used: nothing of a layer is kept for a backward pass."""
 
     def __init__(self, config: Gemma2Config, *, dtype, rngs: nnx.Rngs):
@@ -143,11 +163,12 @@ class Gemma2(nnx.Module):
         windows = jnp.asarray(self.config.windows, jnp.int32)
         return self.norm(scan(self.layers, x_BLD, step, windows, remat='all')[0])
 
-    def context(self, prompt: EncoderPrompt):
-        """What the DiT gets of a prompt: states (B, L, D) and their true lengths."""
+    def context(self, prompt: EncoderPrompt) -> EncoderStates:
+        """What the DiT gets of a prompt."""
         states_BUD = self(prompt.ids_BU)
         taken_BL1 = jnp.asarray(prompt.taken_BL)[..., None]
-        return jnp.take_along_axis(states_BUD, taken_BL1, 1), prompt.context_length_B
+        states_BLD = jnp.take_along_axis(states_BUD, taken_BL1, 1)
+        return EncoderStates(states_BLD=states_BLD, length_B=prompt.context_length_B)
 
 
 # ---------------------------------------------------------------- config.json

@@ -23,7 +23,7 @@ def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array, *, shift: flo
     eps = jax.random.normal(noise_key, z_BTHWC.shape)
     z_t, u = noised(z_BTHWC, eps, t_BT)
     _, T, H, W, _ = z_BTHWC.shape
-    plan = model.plan(batch.prompt, (T, H, W), dropout_key)
+    plan = model.plan(batch.texts, (T, H, W), dropout_key)
     return flow_loss(model.velocity(z_t, t_BT, plan, batch.visual), u, clean_BT)
 
 

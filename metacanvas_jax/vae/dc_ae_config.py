@@ -137,3 +137,31 @@ def read_config(directory: str | pathlib.Path) -> DcAeConfig:
         return DcAeConfig(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f'{path} is not the config of a DC-AE: {error}') from error
+
+
+_CHANNELS = (128, 256, 512, 512, 1024, 1024)
+_KINDS = ('ResBlock',) * 3 + ('EfficientViTBlock',) * 3
+_SCALES = ((),) * 3 + ((5,),) * 3
+PRESETS = {
+    'dc_ae_f32c32': DcAeConfig(  # that of SANA
+        in_channels=3,
+        latent_channels=32,
+        attention_head_dim=32,
+        encoder_block_types=_KINDS,
+        decoder_block_types=_KINDS,
+        encoder_block_out_channels=_CHANNELS,
+        decoder_block_out_channels=_CHANNELS,
+        encoder_layers_per_block=(2, 2, 2, 3, 3, 3),
+        decoder_layers_per_block=(3,) * 6,
+        encoder_qkv_multiscales=_SCALES,
+        decoder_qkv_multiscales=_SCALES,
+        upsample_block_type='interpolate',
+        downsample_block_type='Conv',
+        decoder_norm_types=('rms_norm',) * 6,
+        decoder_act_fns=('silu',) * 6,
+        encoder_out_shortcut=True,
+        decoder_in_shortcut=True,
+        decoder_conv_act_fn='relu',
+        scaling_factor=0.41407,
+    )
+}

@@ -123,7 +123,7 @@ BLOCK = SanaConfig(
 @pytest.mark.parametrize('qk_norm', QK_NORMS)
 def test_block(qk_norm):
     config = dataclasses.replace(BLOCK, qk_norm=qk_norm)
-    block = _filled(lambda rngs: SanaBlock(config, rngs=rngs), _their_block(qk_norm))
+    block = _filled(lambda rngs: SanaBlock(config, None, rngs=rngs), _their_block(qk_norm))
     with torch.no_grad():
         theirs = _their_block(qk_norm)(
             _torch(X).reshape(2, 15, 64),
