@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from metacanvas_jax.build import READERS, check_size, choose, part_sizes
+from metacanvas_jax.caching import cached_readers, fill, from_cache, open_caches
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
+from metacanvas_jax.data.feature_cache import FeatureCache
 from metacanvas_jax.data.loader import Loader
 from metacanvas_jax.data.shapes import SPLITS, requests
 from metacanvas_jax.data.sources import SOURCES
@@ -73,15 +76,27 @@ def check(config: ConfigDict) -> None:
     check_model(config)
     if config.objective == 'flow':
         check_size(config, config.data.size, config.data.size)
+    if config.data.get('cache') is not None:
+        if config.sample.every:
+            raise InputError(
+                f'config.sample.every is {config.sample.every}, but a run from config.data.cache '
+                'has no autoencoder to draw with; set it to 0, and draw with sample.py'
+            )
+        open_caches(config)
     make_loader(config).batch(0)
 
 
-def make_loader(config: ConfigDict) -> Loader:
+def make_loader(config: ConfigDict, caches: Mapping[str, FeatureCache] | None = None) -> Loader:
     """The data: a batch is a function of its step."""
+    if caches is None:
+        sources = choose(SOURCES, config.data.source, 'config.data.source')(config.data)
+        readers = READERS[config.objective](config)
+    else:
+        sources, readers = caches, cached_readers(config, caches)
     return Loader(
-        choose(SOURCES, config.data.source, 'config.data.source')(config.data),
+        sources,
         config.data.tasks,
-        functools.partial(BATCHES[config.objective], READERS[config.objective](config)),
+        functools.partial(BATCHES[config.objective], readers),
         batch=config.batch_size,
         accumulate=config.accumulate,
         seed=config.data.seed,
@@ -97,6 +112,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     # The model, split into what learns and what is frozen; only the former has optimizer state.
     show(config)
+    caches = None
+    if config.data.get('cache') is not None:
+        caches = open_caches(config)
+        fill(config, caches, show)
+        config = from_cache(config)
     graphdef, trainable, frozen = starting_model(config, mesh)
     show(trainable_table(config.trainable, nnx.merge(graphdef, trainable, frozen)))
     optimizer = OptimizerConfig(**config.optimizer)
@@ -127,7 +147,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         return before + time.monotonic() - began
 
     pipe = Pipeline(config, graphdef, merge(state, frozen), mesh)
-    batches = make_loader(config).iterate(first, config.steps)
+    batches = make_loader(config, caches).iterate(first, config.steps)
     key = jax.random.key(config.seed)
     with (
         checkpoints,

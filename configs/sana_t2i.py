@@ -118,6 +118,7 @@ def get_config(variant: str = 'canvas') -> ConfigDict:
     config.data = dict(
         source='captioned',
         path=None,
+        cache=None,  # a folder: latents and text features are computed once and kept there
         seed=0,
         size=512,
         tasks=dict(t2i=1.0),

@@ -28,9 +28,11 @@ from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.text_encoders import gemma2
+from metacanvas_jax.text_encoders.base import CachedStates
 from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config
 from metacanvas_jax.types import InputError
 from metacanvas_jax.vae import dc_ae_config
+from metacanvas_jax.vae.base import CachedConfig, CachedLatents
 from metacanvas_jax.vae.dc_ae import DcAe
 from metacanvas_jax.vae.dc_ae_config import DcAeConfig
 from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
@@ -57,8 +59,12 @@ BACKBONES = {'sana': Part(Sana, SanaConfig, sana.PRESETS, sana.read_config)}
 VAES = {
     'pixel': Part(PixelVae, PixelConfig),
     'dc_ae': Part(DcAe, DcAeConfig, dc_ae_config.PRESETS, dc_ae_config.read_config),
+    'cached': Part(CachedLatents, CachedConfig),
 }
-TEXT_ENCODERS = {'gemma2': Part(Gemma2, Gemma2Config, gemma2.PRESETS, gemma2.read_config)}
+TEXT_ENCODERS = {
+    'gemma2': Part(Gemma2, Gemma2Config, gemma2.PRESETS, gemma2.read_config),
+    'cached': Part(CachedStates, dict),
+}
 PARTS = {
     'mllm': MLLMS,
     'backbone': BACKBONES,

@@ -116,11 +116,12 @@ class Patches:
 
 @struct.dataclass
 class Batch:
-    """One training step of the diffusion objective: pixels in [-1, 1], channels last."""
+    """One training step of the diffusion objective: pixels in [-1, 1], or their latents."""
 
     texts: Texts
     visual: Visual
-    pixels_BFHWC: Array
+    pixels_BFHWC: Array | None
+    latents_BTHWC: Array | None = None
 
 
 @struct.dataclass

@@ -5,6 +5,7 @@ params/             an Orbax tree, as `convert import` writes it; each device re
 """
 
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -88,6 +89,15 @@ def weight_shapes(folder: Folder) -> dict[str, tuple[int, ...]]:
 
 def is_orbax(folder: Folder) -> bool:
     return (pathlib.Path(folder) / PARAMS).is_dir()
+
+
+def fingerprint(folder: Folder) -> str:
+    """A digest of the weights: of those that were converted, of what they were converted from."""
+    path = pathlib.Path(folder, 'conversion.json' if is_orbax(folder) else 'model.safetensors')
+    if not path.is_file():
+        raise InputError(f'no weights: {path} does not exist')
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _placed(array: Any) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,8 @@ Row r of step s is record s B + r of an endless stream; a process takes its cont
 number of processes, threads or restarts sees the same batches in the same places.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import grain
 import jax
@@ -49,7 +50,7 @@ class Loader:
 
     def __init__(
         self,
-        sources: Mapping[str, Sequence],
+        sources: Mapping[str, Any],
         shares: Mapping[str, float],
         encode: Callable,
         *,

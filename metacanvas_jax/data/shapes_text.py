@@ -52,6 +52,7 @@ SPECIAL_TOKENS = tuple(  # in the order of their ids in Qwen2.5
     )
 )
 BASE_VOCABULARY = 512
+QUESTIONS = 4  # in a text of several
 
 
 # Qwen2's pattern, from its tokenizer.json.
@@ -127,6 +128,12 @@ def _question(rng, split: str) -> Text:
     return Text(f'Picture: {layout(seen.scene)}. {seen.user}', seen.assistant)
 
 
+def _questions(rng, split: str) -> Text:
+    seen = _picture_questions(rng, _told(rng, split))
+    assert seen.scene is not None
+    return Text(f'Picture: {layout(seen.scene)}. {seen.user}', seen.assistant)
+
+
 def _lookup(rng, split: str) -> Text:
     """All places at once, of a layout in any order."""
     scene = _draw_scene(rng, _told(rng, split))
@@ -154,6 +161,15 @@ def _picture_question(rng, split: str) -> Text:
             return Text(*found, scene)
 
 
+def _picture_questions(rng, split: str) -> Text:
+    """Several at once: more to learn from in a text than one word of an answer."""
+    scene, asked = _draw_scene(rng, split), {}
+    while len(asked) < QUESTIONS:
+        if found := pick(rng, _QUESTIONS)(rng, scene):
+            asked.update([found])
+    return Text(' '.join(asked), ', '.join(asked.values()), scene)
+
+
 def _picture_edit(rng, split: str) -> Text:
     edit = draw_edit(rng, pick(rng, EDITS), split)
     return Text(edit.instruction, layout(edit.target), edit.source)
@@ -166,12 +182,14 @@ TEXTS = {
     'question': (0.25, _question),
     'edit': (0.15, _edit),
     'lookup': (0.5, _lookup),
+    'questions': (1.0, _questions),
     'picture_layout': (0.3, _picture_layout),
-    'picture_question': (0.5, _picture_question),
+    'picture_question': (0.1, _picture_question),
+    'picture_questions': (0.6, _picture_questions),
     'picture_edit': (0.2, _picture_edit),
 }
 READ = ('caption', 'describe', 'question', 'edit', 'lookup')
-SEE = ('picture_layout', 'picture_question', 'picture_edit')
+SEE = ('picture_layout', 'picture_question', 'picture_questions', 'picture_edit')
 
 
 def place(o: Object) -> str:

@@ -59,6 +59,7 @@ SOURCES = {
     'shapes_text': lambda data: {
         'layout': _dialogues(data, 'caption'),
         'dialogue': _dialogues(data, *(kind for kind in READ if kind != 'caption')),
+        'questions': _dialogues(data, 'questions'),
         'picture': _dialogues(data, *SEE),
     },
 }

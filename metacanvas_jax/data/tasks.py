@@ -17,6 +17,7 @@ from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.types import (
     Batch,
     EncoderPrompt,
+    EncoderStates,
     InputError,
     Prompt,
     TextBatch,
@@ -108,6 +109,7 @@ class Asked:
     text: str
     plan: str = ''
     negative: bool = False
+    states: np.ndarray | None = None  # of the text encoder, where they are known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +121,34 @@ class Readers:
     text_dropout: float = 0.0
 
     def texts(self, task: str, asked: Sequence[Asked]) -> Texts:
-        chats = tokens = None
+        chats = None
         if self.mllm is not None:
             chats = self.mllm.prompts([self.mllm.chat(task, a.text, a.plan) for a in asked])
-        if (tokenizer := self.text_encoder) is not None:
-            rows = [(tokenizer.negative if a.negative else tokenizer.prompt)(a.text) for a in asked]
-            tokens = tokenizer.batch(rows)
-        return Texts(mllm=chats, encoder=tokens)
+        return Texts(mllm=chats, encoder=self.tokens(asked))
+
+    def tokens(self, asked: Sequence[Asked]) -> EncoderPrompt | EncoderStates | None:
+        if (tokenizer := self.text_encoder) is None:
+            return None
+        rows = [(tokenizer.negative if a.negative else tokenizer.prompt)(a.text) for a in asked]
+        return tokenizer.batch(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedReaders(Readers):
+    """Where the text encoder's states are stored: its work is done."""
+
+    negative: np.ndarray | None = None  # states (L, D) of a prompt that was dropped
+    size: int = 0  # tokens that the DiT gets
+
+    def tokens(self, asked: Sequence[Asked]) -> EncoderStates | None:
+        if self.negative is None:
+            return None
+        states = [self.negative if a.states is None else a.states for a in asked]
+        states_BLD = np.zeros((len(states), self.size, states[0].shape[1]), states[0].dtype)
+        for row, states_LD in enumerate(states):
+            states_BLD[row, : len(states_LD)] = states_LD
+        length_B = np.array([len(states_LD) for states_LD in states], np.int32)
+        return EncoderStates(states_BLD=states_BLD, length_B=length_B)
 
 
 def _common(buckets: tuple[int, ...]) -> tuple[int, ...]:
@@ -138,11 +161,15 @@ class Record:
     """One sample of any task, as a source gives it: text, and what the VAE will see.
 
     `pixels` is (F, H, W, 3) uint8; `plan` is what the MLLM could have said before it draws this.
+    A feature cache gives what became of them instead: latents (T, H, W, C), and the states (L, D)
+    of the text encoder.
     """
 
     text: str
-    pixels: np.ndarray
+    pixels: np.ndarray | None = None
     plan: str = ''
+    latents: np.ndarray | None = None
+    states: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +187,20 @@ def diffusion_batch(readers: Readers, task: str, records: Sequence[Record], lots
     That trains the unconditional branch of guidance; pictures in the prompt stay.
     """
     asked = [
-        Asked(record.text, record.plan) if lot >= readers.text_dropout else Asked('', negative=True)
+        Asked(record.text, record.plan, states=record.states)
+        if lot >= readers.text_dropout
+        else Asked('', negative=True)
         for record, lot in zip(records, lots, strict=True)
     ]
-    pixels = np.stack([record.pixels for record in records]).astype(np.float32) / 127.5 - 1
+    pixels = [record.pixels for record in records if record.pixels is not None]
+    latents = [record.latents for record in records if record.latents is not None]
     # One latent frame for pictures: the count of latent frames is the VAE's to say, from F.
     clean_BT = np.zeros((len(records), 1), np.float32)
     return Batch(
-        texts=readers.texts(task, asked), visual=Visual(clean_BT=clean_BT), pixels_BFHWC=pixels
+        texts=readers.texts(task, asked),
+        visual=Visual(clean_BT=clean_BT),
+        pixels_BFHWC=np.stack(pixels).astype(np.float32) / 127.5 - 1 if pixels else None,
+        latents_BTHWC=np.stack(latents) if latents else None,
     )
 
 

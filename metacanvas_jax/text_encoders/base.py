@@ -17,5 +17,8 @@ class TextEncoder(nnx.Module, abc.ABC):
 class CachedStates(TextEncoder):
     """Stands where a text encoder's states were stored beforehand."""
 
+    def __init__(self, sizes, *, dtype, rngs):
+        del sizes, dtype, rngs  # it computes nothing
+
     def context(self, prompt: EncoderStates) -> EncoderStates:
         return prompt

@@ -18,7 +18,9 @@ def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array, *, shift: flo
     """|| v(z_t, t, plan) - (eps - z) ||^2 over noised frames (App. A.2)."""
     time_key, noise_key, dropout_key = jax.random.split(key, 3)
     clean_BT = batch.visual.clean_BT
-    z_BTHWC = jax.lax.stop_gradient(model.vae.encode(jnp.asarray(batch.pixels_BFHWC)))
+    z_BTHWC = batch.latents_BTHWC
+    if z_BTHWC is None:
+        z_BTHWC = jax.lax.stop_gradient(model.vae.encode(jnp.asarray(batch.pixels_BFHWC)))
     t_BT = frame_times(draw_times(time_key, len(z_BTHWC), shift), clean_BT)
     eps = jax.random.normal(noise_key, z_BTHWC.shape)
     z_t, u = noised(z_BTHWC, eps, t_BT)

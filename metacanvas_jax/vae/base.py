@@ -1,6 +1,7 @@
 """What MetaCanvas asks of an autoencoder: normalised latents in and out, and their geometry."""
 
 import abc
+import dataclasses
 
 import jax
 from flax import nnx
@@ -19,3 +20,23 @@ class Vae(nnx.Module, abc.ABC):
     @abc.abstractmethod
     def decode(self, z_BTHWC: jax.Array) -> jax.Array:
         """Latents -> pixels in about [-1, 1]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedConfig:
+    stride: int
+    channels: int
+
+
+class CachedLatents(Vae):
+    """Stands where latents were stored beforehand; it makes no pictures."""
+
+    def __init__(self, config: CachedConfig, *, dtype, rngs):
+        del dtype, rngs  # it computes nothing
+        self.stride, self.channels = config.stride, config.channels
+
+    def encode(self, x_BFHWC):
+        raise NotImplementedError('latents were stored beforehand')
+
+    def decode(self, z_BTHWC):
+        raise NotImplementedError('a cache has no decoder')
