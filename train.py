@@ -146,7 +146,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     def seconds() -> float:
         return before + time.monotonic() - began
 
-    pipe = Pipeline(config, graphdef, merge(state, frozen), mesh)
+    def draw() -> Pipeline:
+        return Pipeline(config, graphdef, merge(state, frozen), mesh)
+
+    pipe = None  # its programs are compiled when it first draws
     batches = make_loader(config, caches).iterate(first, config.steps)
     key = jax.random.key(config.seed)
     with (
@@ -178,10 +181,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                 show(f'preempted at step {step}; the same command goes on from there')
                 return
             if config.sample.every and step % config.sample.every == 0:
-                draw_samples(pipe.with_state(merge(state, frozen)), workdir, step)
+                pipe = pipe.with_state(merge(state, frozen)) if pipe else draw()
+                draw_samples(pipe, workdir, step)
 
     if config.evaluate.kind == 'shapes' and not (workdir / 'score.json').exists():
-        scores = score(pipe.with_state(merge(state, frozen)))
+        scores = score(pipe.with_state(merge(state, frozen)) if pipe else draw())
         scores |= {'steps': config.steps, 'seconds': round(seconds(), 1)}
         if jax.process_index() == 0:
             write_text(workdir / 'score.json', json.dumps(scores, indent=2) + '\n')

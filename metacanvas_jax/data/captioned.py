@@ -9,6 +9,7 @@ with the target relative to the file, or tar://SHARD.tar#MEMBER.
 import collections
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import pathlib
@@ -165,6 +166,21 @@ class CaptionedPictures:
             except (InputError, OSError) as error:
                 self._note(sample.name, str(error))
         raise InputError(f'all {len(self)} samples are broken; {self._some()}')
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what stands at each index, and of the files that it lies in."""
+        digest, files = hashlib.sha256(repr(self._size).encode()), set()
+        for index in self._order:
+            sample = self._samples[index]
+            known = sample.caption if isinstance(sample.caption, str) else None
+            digest.update(repr((sample.name, known)).encode())
+            files |= {getattr(part, 'file', None) for part in (sample.picture, sample.caption)}
+        paths = {getattr(file, 'path', file) for file in files if file is not None}
+        for path in sorted(paths):
+            stat = path.stat() if path.exists() else None
+            digest.update(repr(stat and (path, stat.st_size, stat.st_mtime_ns)).encode())
+        return digest.hexdigest()
 
     def _read(self, sample: Sample) -> Record:
         caption = sample.caption
