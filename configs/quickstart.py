@@ -8,8 +8,8 @@ Before it draws, the MLLM writes a plan; its canvas tokens come after that. Ends
 GenEval's six categories on prompts of the train split and of held-out shape-colour pairs. Ten
 minutes of training and scoring; 0.91 and 0.43 with seed 0.
 
-Variants: `sana` (default), `no_canvas` (the same without canvas tokens), `no_plan` (the paper's
-empty response).
+Variants: `sana` (default), `no_canvas` (the same without canvas tokens), `metaquery` (queries in the
+place of canvas tokens, beside the text), `no_plan` (the paper's empty response).
 """
 
 from ml_collections import ConfigDict
@@ -25,12 +25,19 @@ def no_canvas(config: ConfigDict) -> None:
     config.trainable = ('context/.*', 'backbone/.*')
 
 
+def metaquery(config: ConfigDict) -> None:
+    """MetaQuery: as many queries as the canvas has tokens, through the text interface."""
+    config.canvas.fuse = 'none'
+    config.queries = dict(count=16, attention='causal', head_dim=32, scale=1.0)
+    config.trainable = ('context/.*', 'backbone/.*')
+
+
 def no_plan(config: ConfigDict) -> None:
     """The paper's prompt: an empty response stands before the canvas."""
     config.prompt.update(plan_tokens=0, buckets=(40, 64, 128))
 
 
-VARIANTS = {'sana': sana, 'no_canvas': no_canvas, 'no_plan': no_plan}
+VARIANTS = {'sana': sana, 'no_canvas': no_canvas, 'metaquery': metaquery, 'no_plan': no_plan}
 
 
 def get_config(variant: str = 'sana') -> ConfigDict:
