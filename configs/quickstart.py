@@ -8,8 +8,8 @@ Before it draws, the MLLM writes a plan; its canvas tokens come after that. Ends
 GenEval's six categories on prompts of the train split and of held-out shape-colour pairs. Ten
 minutes of training and scoring; 0.91 and 0.43 with seed 0.
 
-Variants: `sana` (default), `no_canvas` (the same without canvas tokens), `metaquery` (queries in the
-place of canvas tokens, beside the text), `no_plan` (the paper's empty response).
+Variants: `sana` (default), `no_canvas` (the same without canvas tokens), `metaquery` (queries
+beside the text instead of canvas tokens), `no_plan` (the paper's empty response).
 """
 
 from ml_collections import ConfigDict
