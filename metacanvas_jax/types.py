@@ -64,9 +64,14 @@ class EncoderPrompt:
 
 @struct.dataclass
 class Visual:
-    """What the DiT sees besides noise; tasks differ in data, never in program."""
+    """What the DiT sees besides noise and the plan; tasks differ in data, never in program."""
 
     clean_BT: Array  # 1 where a latent frame is given (time 0, not in the loss), else 0
+    # FLUX alone, which wants the last two: latents_BHWC of pictures, each of its own size; the
+    # guidance that was distilled into it; CLIP's vector of the prompt, or of the empty string.
+    context_images: tuple[Array, ...] = ()
+    guidance_B: Array | None = None
+    pooled_BD: Array | None = None
 
 
 @struct.dataclass
