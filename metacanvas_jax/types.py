@@ -14,6 +14,8 @@ A name ends in the letters of its axes: `z_BTHWC` are latents, `t_BT` one time p
 Times run from 0 (clean) to 1 (noise) everywhere.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from flax import struct
@@ -88,7 +90,7 @@ class Patches:
     """Token grids of a DiT; the canvas may touch `target` only (Sec. 3.4)."""
 
     target_BThwD: Array
-    extra: Array | None  # reference frames, context images: the backbone's own affair
+    extra: Any  # reference frames, context images: the backbone's own affair
 
 
 @struct.dataclass

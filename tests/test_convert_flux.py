@@ -246,14 +246,14 @@ def test_a_lone_file_of_schnell(lone, tmp_path):
     for name, tensors in (('schnell', kept), ('dev', arrays)):
         (tmp_path / name).mkdir()
         safetensors.numpy.save_file(tensors, tmp_path / name / 'flux1.safetensors')
-    with pytest.raises(InputError, match=r'schnell: no guidance_in.*: this is FLUX.1-schnell, only'):
+    with pytest.raises(InputError, match=r'no guidance_in.*: this is FLUX.1-schnell, only'):
         convert.load('flux', str(tmp_path / 'schnell'))
     with pytest.raises(InputError, match=r'axes_dims_rope \[16, 56, 56\] sum to 128, .* is 16$'):
         convert.load('flux', str(tmp_path / 'dev'))
     (tmp_path / 'dev/config.json').write_text(json.dumps({'axes_dim': [4, 6, 6]}))
     assert convert.load('flux', str(tmp_path / 'dev')).config == read_config(lone)
     (tmp_path / 'dev/config.json').write_text('[]')
-    with pytest.raises(InputError, match='config.json is not the config of a FLUX transformer'):
+    with pytest.raises(InputError, match='is not the config of a FLUX transformer'):
         convert.load('flux', str(tmp_path / 'dev'))
 
 
@@ -285,7 +285,7 @@ def test_the_published_configs(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        (dict(guidance_embeds=False), 'guidance_embeds is False: this is FLUX.1-schnell, only FLUX'),
+        (dict(guidance_embeds=False), 'guidance_embeds is False: this is FLUX.1-schnell, only'),
         (dict(guidance_embeds=None), 'guidance_embeds is None: this is FLUX.1-schnell'),
         (dict(in_channels=384, out_channels=64), 'out_channels is 64, only None is supported'),
         (dict(in_channels=66), 'in_channels 66 is no multiple of 4'),
@@ -315,7 +315,7 @@ def test_no_config(tmp_path):
     for odd, words in (({}, 'in_channels'), ([], 'TypeError'), (values, 'num_layers')):
         with pytest.raises(InputError, match=f'is not the config of a FLUX .*{words}'):
             _read(tmp_path, odd)
-    with pytest.raises(InputError, match='is not the config of a FLUX .*TypeError'):
+    with pytest.raises(InputError, match=r'is not the config of a FLUX .*TypeError'):
         _read(tmp_path, odd_axes)
     (tmp_path / 'config.json').write_text('{')
     with pytest.raises(InputError, match='is not the config of a FLUX'):
@@ -325,7 +325,5 @@ def test_no_config(tmp_path):
 def test_every_size_counts():
     """None of the config's fields is forgotten when it is written."""
     config = FluxConfig(8, 1, 2, 12, 3, 5, 7, (2, 4, 6))
-    assert dataclasses.asdict(config).items() <= {
-        **config.to_json(),
-        'axes_dims_rope': (2, 4, 6),
-    }.items()
+    written = config.to_json() | {'axes_dims_rope': (2, 4, 6)}
+    assert dataclasses.asdict(config).items() <= written.items()

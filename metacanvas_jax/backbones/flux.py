@@ -31,7 +31,7 @@ from metacanvas_jax.layers.rope import axis_angles, rotate_pairs
 from metacanvas_jax.layers.stack import fold, stack
 from metacanvas_jax.layers.timestep import CHANNELS, sinusoid
 from metacanvas_jax.sharding import BATCH_AXES, constrain
-from metacanvas_jax.types import InputError, Patches, Visual
+from metacanvas_jax.types import Array, InputError, Patches, Visual
 
 PATCH = 2  # a token is 2 x 2 latent pixels
 MLP_RATIO = 4
@@ -105,13 +105,13 @@ def read_config(directory: str | pathlib.Path) -> FluxConfig:
         values = {**_ASSUMED, **json.loads(path.read_text(encoding='utf-8'))}
         if values.get('out_channels') == values['in_channels']:
             values['out_channels'] = None
-        sizes = {name: values[name] for name in names}
-        config = FluxConfig(**sizes | {'axes_dims_rope': tuple(sizes['axes_dims_rope'])})
+        values['axes_dims_rope'] = tuple(values['axes_dims_rope'])
+        config = FluxConfig(**{name: values[name] for name in names})
     except InputError as error:
         raise InputError(f'{path}: {error}') from error
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f'{path} is not the config of a FLUX transformer: {error!r}') from error
-    supported = config.to_json()
+    supported = config.to_json() | {'axes_dims_rope': config.axes_dims_rope}
     faults = [
         f'{name} is {values[name]!r}, only {value!r} is supported'
         for name, value in supported.items()
@@ -131,19 +131,18 @@ SCHNELL = 'this is FLUX.1-schnell, only FLUX.1-dev and FLUX.1-Kontext-dev are su
 # ------------------------------------------------------------ positions
 
 
-def rotation(
-    grids: Sequence[tuple[int, int]], text: int, axes: tuple[int, int, int]
-) -> Rotation:
+def rotation(grids: Sequence[tuple[int, int]], text: int, axes: tuple[int, int, int]) -> Rotation:
     """Of the tokens of pictures on these (h, w) grids, and of `text` tokens after them.
 
     A token of the i-th picture is at (i, row, column); the target is the picture 0. All text is at
     (0, 0, 0), where nothing turns. On the host in fp64, as the reference's CPU has it.
     """
-    places = [np.stack(np.indices((1, h, w)), -1).reshape(-1, 3) for h, w in grids]
-    places = [place + [i, 0, 0] for i, place in enumerate(places)]
-    ids_S3 = np.concatenate([*places, np.zeros((text, 3))])
-    angle = [axis_angles(ids_S3[:, i], n, THETA) for i, n in enumerate(axes)]
-    angle_Se = np.concatenate(angle, -1)
+    ids = [
+        [(i, row, col) for row in range(h) for col in range(w)] for i, (h, w) in enumerate(grids)
+    ]
+    ids_S3 = np.concatenate([*ids, np.zeros((text, 3))])
+    parts = [axis_angles(ids_S3[:, axis], width, THETA) for axis, width in enumerate(axes)]
+    angle_Se = np.concatenate(parts, -1)
     return np.cos(angle_Se).astype(np.float32), np.sin(angle_Se).astype(np.float32)
 
 
@@ -279,8 +278,8 @@ class TimeTextEmbed(nnx.Module):
 @struct.dataclass
 class FluxExtra:
     context_BhwD: tuple[jax.Array, ...]  # tokens of the context images, each on its own grid
-    guidance_B: jax.Array
-    pooled_BD: jax.Array
+    guidance_B: Array
+    pooled_BD: Array
 
 
 class Flux(Backbone):
@@ -300,9 +299,7 @@ class Flux(Backbone):
             lambda rngs: SingleStreamBlock(config, rngs=rngs), config.num_single_layers, rngs
         )
         self.norm_out = Modulation(D, 2, rngs=rngs)
-        self.proj_out = Linear(
-            D, config.in_channels, ('embed', 'channels'), init=zeros, rngs=rngs
-        )
+        self.proj_out = Linear(D, config.in_channels, ('embed', 'channels'), init=zeros, rngs=rngs)
 
     def patchify(self, z_BTHWC, visual: Visual) -> Patches:
         assert visual.guidance_B is not None, 'FLUX wants guidance'
@@ -325,7 +322,7 @@ class Flux(Backbone):
         time = self.time_text_embed(t_BT[:, 0], extra.guidance_B, extra.pooled_BD, self.dtype)
         # The reference has text first. Attention does not know the order of tokens, only where they
         # are; with text last, padding is at the end and a length keeps it out, without a mask.
-        grids = [a.shape[1:3] for a in pictures]
+        grids = [(a.shape[1], a.shape[2]) for a in pictures]
         where = rotation(grids, text.shape[1], self.config.axes_dims_rope)
         length_B = x.shape[1] + context_length_B
         x, text = fold(

@@ -1,7 +1,5 @@
 """Our FLUX, its parts and its sampler equal diffusers' at random weights."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
-from diffusers.pipelines.flux.pipeline_flux_kontext import FluxKontextPipeline, calculate_shift
+from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from flax import nnx
 
 from metacanvas_jax.backbones.flux import Flux, FluxConfig, rotation
@@ -100,13 +98,12 @@ def test_pairs_turn():
     """By their angle, and nothing else of them changes."""
     x = np.asarray(tiny.normal(2, 5, 3, 8), np.float64)
     angle = np.random.default_rng(0).normal(size=(5, 4))
-    found = rotate_pairs(jnp.asarray(x, jnp.float32), *map(jnp.asarray, (np.cos(angle), np.sin(angle))))
+    cos, sin = (np.asarray(f(angle), np.float32) for f in (np.cos, np.sin))
+    found = rotate_pairs(jnp.asarray(x, jnp.float32), cos, sin)
     turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)[:, None]
     assert tiny.error(found[..., ::2], turned.real) <= 1e-6
     assert tiny.error(found[..., 1::2], turned.imag) <= 1e-6
-    assert rotate_pairs(jnp.ones((1, 1, 1, 2), jnp.bfloat16), angle[:1, :1], angle[:1, :1]).dtype == (
-        jnp.bfloat16
-    )
+    assert rotate_pairs(jnp.asarray(x, jnp.bfloat16), cos, sin).dtype == jnp.bfloat16
 
 
 # ------------------------------------------------------------ the whole model
@@ -134,7 +131,7 @@ def velocity(model, z, t_B, visual, text_BLD, length_B):
     return model.velocity(model.patchify(z, visual), t_B[:, None], text_BLD, length_B)
 
 
-def _theirs(model, z, t_B, context=()) -> np.ndarray:
+def _theirs(model, z, t_B, context=()) -> torch.Tensor:
     """Sample by sample, each with its own text and no padding."""
     samples = []
     for b, length in enumerate(LENGTH):
