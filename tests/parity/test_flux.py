@@ -236,6 +236,36 @@ def test_gradients(ours, theirs):
     assert max(worst.values()) <= 1e-4, sorted(worst.items(), key=lambda item: -item[1])[:5]
 
 
+# ------------------------------------------------------------ the canvas
+
+
+def test_the_canvas_touches_the_target_alone():
+    """A new one changes no bit of the velocity; a trained one no token of the context images."""
+    backbone = lambda rngs: Flux(CONFIG, remat='all', dtype=jnp.float32, rngs=rngs)
+    new = tiny.randomised(tiny.metacanvas(backbone, lora=tiny.LORA, stride=1))
+    visual = _visual(CONTEXT['Kontext'])
+
+    @jax.jit
+    def run(model):
+        plan = model.plan(tiny.prompt(), (1, 6, 10))
+        plain = model.backbone.patchify(Z, visual)
+        fused = model.canvas.fusion.after_patchify(
+            plain, plan.canvas, TIME[:, None], visual.clean_BT
+        )
+        read = lambda patches: model.backbone.velocity(
+            patches, TIME[:, None], plan.context_BLD, plan.context_length_B
+        )
+        return plain, fused, jax.lax.map(read, jax.tree.map(lambda *a: jnp.stack(a), plain, fused))
+
+    for trained in (False, True):
+        model = tiny.perturbed(new, 'canvas/fusion/') if trained else new
+        plain, fused, velocities = run(model)
+        assert trained == bool(np.any(fused.target_BThwD != plain.target_BThwD))
+        assert trained == bool(np.any(velocities[0] != velocities[1]))
+        jax.tree.map(np.testing.assert_array_equal, fused.extra, plain.extra)
+        assert len(jax.tree.leaves(plain.extra)) == 3
+
+
 # ------------------------------------------------------------ sampling
 
 
