@@ -62,7 +62,7 @@ def blocks(tokens: int, heads: int) -> tuple[Runs, Runs]:
     their_double = transformer_flux.FluxTransformerBlock(width, heads, HEAD_DIM).eval()
     their_single = transformer_flux.FluxSingleTransformerBlock(width, heads, HEAD_DIM).eval()
     names = ('hidden_states', 'encoder_hidden_states', 'temb')
-    given = dict(zip(names, (torch.tensor(a) for a in inputs.values()), strict=True))
+    given: dict[str, Any] = dict(zip(names, map(torch.tensor, inputs.values()), strict=True))
     rows = torch.cartesian_prod(*map(torch.arange, (1, tokens, tokens)))
     ids = torch.cat([torch.zeros(WORDS, 3), rows])
     given['image_rotary_emb'] = transformer_flux.FluxPosEmbed(10000, list(AXES))(ids)

@@ -154,8 +154,8 @@ def _sizes(folder: pathlib.Path, shapes: Shapes) -> FluxConfig:
     )
 
 
-def _axes(path: pathlib.Path) -> tuple[int, int, int]:
-    """How the rotary axes share a head, which shapes do not say.
+def _axes(path: pathlib.Path) -> Any:
+    """How the three rotary axes share a head, which shapes do not say.
 
     An export leaves a config.json beside its file. Without one it is as published.
     """
