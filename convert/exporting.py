@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,7 @@ def _write(
     filled = {path for piece in found for path in piece.paths}
     assert filled == set(shapes), f'no rule for {sorted(set(shapes) - filled)[:3]}'
     published = published_shapes(found, shapes)
+    limit = sys.maxsize if layout.lone else limit
     shards = Shards(folder, published, stem=layout.file, limit=limit)
     for piece in found:
         _convert(piece, get, shards)

@@ -19,6 +19,7 @@ class Layout:
     signs: tuple[str, ...]  # tensors that this layout has and, all together, no other one
     rules: Callable[[Any], list[Rule]]  # of the sizes
     file: str  # stem of the exported files
+    lone: bool = False  # one file of any size, without the config.json: an import writes that
 
 
 @dataclasses.dataclass(frozen=True)

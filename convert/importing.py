@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from convert import registry
+from convert.family import Layout
 from convert.rules import Match, Piece, Shapes, match
 from convert.source import Source, open_source
 from convert.target import Writer, new_folder
@@ -53,12 +54,16 @@ def import_weights(
 ) -> str:
     """Converts `source` into the folder `target`; returns a sentence about it."""
     opened = open_source(source)
-    _, shapes, found = _matched(component, opened, source, dtype)
-    copied = [opened.folder / name for name in SETTINGS if (opened.folder / name).is_file()]
+    layout, sizes, shapes, found = _matched(component, opened, source, dtype)
+    settings = [] if layout.lone else SETTINGS  # what lies beside a lone file may be another's
+    copied = [opened.folder / name for name in settings if (opened.folder / name).is_file()]
     copied += _tokenizer(opened.folder, tokenizer)
     with new_folder(pathlib.Path(target).absolute()) as folder, _digests(opened.files) as digests:
         for file in copied:
             shutil.copyfile(file, folder / file.name)
+        if layout.lone:
+            text = json.dumps(sizes.to_json(), indent=2) + '\n'
+            (folder / 'config.json').write_text(text, encoding='utf-8')
         writer = Writer(folder, shapes)
         for piece in found.pieces:
             _convert(piece, opened, writer.put)
@@ -80,7 +85,7 @@ def import_weights(
 def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
     """The published weights at `path` as our module, in host memory."""
     opened = open_source(path)
-    sizes, shapes, found = _matched(component, opened, path, dtype)
+    _, sizes, shapes, found = _matched(component, opened, path, dtype)
     values = {name: np.empty(a.shape, a.dtype) for name, a in shapes.items()}
 
     def put(name: str, index: int | None, value: np.ndarray) -> None:
@@ -101,8 +106,8 @@ def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
 
 def _matched(
     component: str, source: Source, where: str, dtype: str | None
-) -> tuple[Any, Shapes, Match]:
-    """The sizes that the source's config names, the parameters, and how the source fills them."""
+) -> tuple[Layout, Any, Shapes, Match]:
+    """The layout, its model's sizes and parameters, and how the source fills them."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f'--dtype {dtype!r} is unknown; there are: {", ".join(DTYPES)}')
     family = registry.find(component)
@@ -116,7 +121,7 @@ def _matched(
             for title, lines in found.problems().items()
         )
         raise InputError(f'{where} does not fit its config.json: {". ".join(lists)}')
-    return sizes, _typed(found.pieces, source, shapes, dtype), found
+    return layout, sizes, _typed(found.pieces, source, shapes, dtype), found
 
 
 def _typed(pieces: Sequence[Piece], source: Source, shapes: Shapes, dtype: str | None) -> Shapes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from convert import dc_ae, gemma2, qwen2_5_vl, sana
+from convert import dc_ae, flux, gemma2, qwen2_5_vl, sana
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
@@ -11,6 +11,7 @@ FAMILIES: dict[str, Family] = {
     'gemma2': gemma2.FAMILY,
     'sana': sana.FAMILY,
     'dc_ae': dc_ae.FAMILY,
+    'flux': flux.FAMILY,
 }
 
 # Tensors that name a family without a table, for the message that says what a checkpoint is. The
@@ -23,8 +24,7 @@ STRANGERS = {
     ),
     'sana (native)': ('blocks.0.mlp.inverted_conv.conv.weight',),
     'sana_video': ('transformer_blocks.0.ff.conv_temp.weight',),
-    'flux (diffusers)': ('transformer_blocks.0.attn.add_q_proj.weight',),
-    'flux (native)': ('double_blocks.0.img_attn.qkv.weight',),
+    'flux2 or chroma (native)': ('double_blocks.0.img_attn.qkv.weight',),
     'wan_vae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.gamma',),
     'wan_vae (native)': ('decoder.middle.1.to_qkv.weight',),
     'flux_ae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.weight',),

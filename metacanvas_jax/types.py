@@ -92,9 +92,14 @@ class Readings:
 
 @struct.dataclass
 class Visual:
-    """What the DiT sees besides noise; tasks differ in data, never in program."""
+    """What the DiT sees besides noise and the plan; tasks differ in data, never in program."""
 
     clean_BT: Array  # 1 where a latent frame is given (time 0, not in the loss), else 0
+    # FLUX alone, which wants the last two: latents_BHWC of pictures, each of its own size; the
+    # guidance that was distilled into it; CLIP's vector of the prompt, or of the empty string.
+    context_images: tuple[Array, ...] = ()
+    guidance_B: Array | None = None
+    pooled_BD: Array | None = None
 
 
 @struct.dataclass
@@ -111,7 +116,7 @@ class Patches:
     """Token grids of a DiT; the canvas may touch `target` only (Sec. 3.4)."""
 
     target_BThwD: Array
-    extra: Array | None  # reference frames, context images: the backbone's own affair
+    extra: Any  # reference frames, context images: the backbone's own affair
 
 
 @struct.dataclass

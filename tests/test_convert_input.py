@@ -115,7 +115,7 @@ def room(tmp_path_factory):
     file = one('fp8', {}) / 'model.safetensors'
     header = json.dumps({'w': {'dtype': 'F8_E4M3', 'shape': [4], 'data_offsets': [0, 4]}}).encode()
     file.write_bytes(len(header).to_bytes(8, 'little') + header + b'\0' * 4)
-    one('wrong_family', {'double_blocks.0.img_attn.qkv.weight': np.zeros((3, 1), np.float32)})
+    one('wrong_family', {'single_blocks.0.modulation.lin.weight': np.zeros((3, 1), np.float32)})
     (room / 'empty').mkdir()
     (room / 'pipeline/transformer').mkdir(parents=True)
     (room / 'pipeline/transformer/a.safetensors').touch()
@@ -147,7 +147,7 @@ SOURCES = [
     ('shallow', '', r'12 unused: model.layers.2.\S+; .* \.\.\.'),
     ('twice', '', r'is in \S+ and in model-00002\S+; give the file you mean'),
     ('fp8', '', 'w in .*fp8/model.safetensors is F8_E4M3: an fp8 checkpoint.*bf16'),
-    ('wrong_family', '', r'is no qwen2_5_vl: its names are those of flux \(native\)'),
+    ('wrong_family', '', r'is no qwen2_5_vl: its names are those of flux \(bfl\)'),
     ('empty', '', 'empty holds no .safetensors and no .pth$'),
     ('pipeline', '', 'no .pth; give one of its folders transformer'),
     ('evil', '', 'evil/weights.pth holds more than tensors and is refused'),

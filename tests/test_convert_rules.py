@@ -147,8 +147,9 @@ def test_a_tensor_is_used_once():
 
 # One tensor of each published checkpoint, and of which family it is.
 LOOKS = {
-    'transformer_blocks.0.attn.add_q_proj.weight': 'flux (diffusers)',
-    'double_blocks.0.img_attn.qkv.weight': 'flux (native)',
+    'single_transformer_blocks.0.norm.linear.weight': 'flux (diffusers)',
+    'single_blocks.0.modulation.lin.weight': 'flux (bfl)',
+    'double_blocks.0.img_attn.qkv.weight': 'flux2 or chroma (native)',
     'transformer_blocks.0.ff.conv_inverted.weight': 'sana (diffusers)',
     'blocks.0.mlp.inverted_conv.conv.weight': 'sana (native)',
     'transformer_blocks.0.ff.conv_temp.weight': 'sana_video',

@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift, retrieve_timesteps
 
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.loss import flow_loss
 from metacanvas_jax.flow.path import frame_times, noised
 from metacanvas_jax.flow.solver import SOLVERS, dpm_solver, euler
-from metacanvas_jax.flow.times import dpm_schedule, draw_times, schedule
-from tests import published_sana, tiny
+from metacanvas_jax.flow.times import (
+    dpm_schedule,
+    draw_times,
+    dynamic_schedule,
+    dynamic_shift,
+    schedule,
+)
+from tests import published_flux, published_sana, tiny
 
 SHAPE = (2, 3, 4, 5, 2)
 Z, EPS = tiny.normal(*SHAPE), tiny.normal(*SHAPE, seed=1)
@@ -104,6 +111,25 @@ def test_euler_equals_diffusers(steps, shift):
         z = scheduler.step(velocity, t, z).prev_sample
     found = jax.jit(lambda z: euler(lambda z, t: z @ A + t, z, times))(EPS)
     assert tiny.error(found, z) <= 1e-5
+
+
+@pytest.mark.parametrize('tokens', [256, 1024, 1000, 4096, 4081, 8704])
+@pytest.mark.parametrize('steps', [1, 2, 7, 28, 50])
+def test_dynamic_times_are_those_of_flux(steps, tokens):
+    """As FluxKontextPipeline asks its scheduler for them, to the last bit."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**published_flux.SCHEDULER)
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    retrieve_timesteps(scheduler, steps, 'cpu', sigmas=sigmas, mu=calculate_shift(tokens))
+    assert dynamic_shift(tokens) == np.exp(calculate_shift(tokens))
+    found = dynamic_schedule(steps, dynamic_shift(tokens))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, scheduler.sigmas)
+    np.testing.assert_allclose(found, schedule(steps, dynamic_shift(tokens)), atol=1e-6)
+
+
+def test_dynamic_shift_of_two_sizes():
+    """spec.md section 6.2: 512 and 1024 pixels a side."""
+    assert [round(dynamic_shift(n), 3) for n in (1024, 4096)] == [1.878, 3.158]
 
 
 def test_more_steps_come_closer_to_the_flow():

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metacanvas_jax.flow.times import dpm_schedule, schedule
+from metacanvas_jax.flow.times import dpm_schedule, dynamic_schedule, schedule
 
 
 def euler(velocity: Callable, z_1: jax.Array, times: jax.Array) -> jax.Array:
@@ -52,4 +52,8 @@ class Solver:
     solve: Callable[[Callable, jax.Array, Any], jax.Array]
 
 
-SOLVERS = {'euler': Solver(schedule, euler), 'dpm++2m': Solver(dpm_schedule, dpm_solver)}
+SOLVERS = {
+    'euler': Solver(schedule, euler),
+    'dpm++2m': Solver(dpm_schedule, dpm_solver),
+    'euler_dynamic': Solver(dynamic_schedule, euler),  # FLUX: shift = dynamic_shift(tokens)
+}

@@ -1,5 +1,7 @@
 """Which times are drawn in training and visited in sampling."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,19 @@ def draw_times(key, batch: int, shift: float) -> jax.Array:
 def schedule(steps: int, shift: float) -> jax.Array:
     """steps + 1 shifted times from 1 to 0."""
     return shifted(jnp.linspace(1.0, 0.0, steps + 1), shift)
+
+
+def dynamic_shift(tokens: int) -> float:
+    """FLUX's shift: e^mu, mu on the line through 0.5 at 256 target tokens and 1.15 at 4096."""
+    slope = (1.15 - 0.5) / (4096 - 256)
+    return math.exp(tokens * slope + (0.5 - slope * 256))
+
+
+def dynamic_schedule(steps: int, shift: float) -> jax.Array:
+    """`schedule`, to the last bit as diffusers' FlowMatchEulerDiscreteScheduler shifts FLUX's."""
+    sigma = np.linspace(1, 1 / steps, steps).astype(np.float32)
+    sigma = shift / (shift + (1 / sigma - 1))
+    return jnp.asarray(np.append(sigma, np.float32(0)))
 
 
 def dpm_schedule(steps: int, shift: float) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,9 @@
-"""Rotary positions in the half-split ("rotate_half") convention of the Llama family."""
+"""Rotary positions: of half-split vectors as in the Llama family, of pairs as in FLUX and Wan."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 
 
 def angles(positions, width: int, theta: float) -> jax.Array:
@@ -15,3 +17,18 @@ def rotate_half(x_BSNE, angle_BSe) -> jax.Array:
     cos, sin = jnp.cos(angle_BSe)[:, :, None], jnp.sin(angle_BSe)[:, :, None]
     a, b = jnp.split(x_BSNE.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BSNE.dtype)
+
+
+def axis_angles(positions, width: int, theta: float) -> np.ndarray:
+    """`angles` on the host, in fp64, of the `width` values of a head that belong to one axis."""
+    frequency = 1 / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+    return np.asarray(positions, np.float64)[..., None] * frequency
+
+
+def rotate_pairs(x_BSNE, cos_Se, sin_Se) -> jax.Array:
+    """Rotates the pairs (2j, 2j+1), in fp32; cosines and sines (S, E/2)."""
+    cos, sin = cos_Se[:, None], sin_Se[:, None]
+    pairs = rearrange(x_BSNE.astype(jnp.float32), 'B S N (e two) -> two B S N e', two=2)
+    a, b = pairs[0], pairs[1]
+    y = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    return rearrange(y, 'B S N e two -> B S N (e two)').astype(x_BSNE.dtype)

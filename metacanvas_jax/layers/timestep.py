@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from metacanvas_jax.layers.linear import Linear, normal
@@ -10,9 +11,14 @@ CHANNELS = 256
 
 
 def sinusoid(t, channels: int = CHANNELS) -> jax.Array:
-    """[cos(t f), sin(t f)], f_i = 1e4^(-2i / channels), t in 0..1000, in fp32 (cos first)."""
+    """[cos(t f), sin(t f)], f_i = 1e4^(-2i / channels), t in 0..1000, in fp32 (cos first).
+
+    The exponents are rounded, as in the reference, but not the exponential: FLUX's guidance reaches
+    7000, where the last bit of f moves an angle by 4e-4.
+    """
     half = channels // 2
-    frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
+    exponent = np.float32(-np.log(1e4)) * np.arange(half, dtype=np.float32) / half
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angle = t[..., None].astype(jnp.float32) * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
