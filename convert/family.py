@@ -1,6 +1,7 @@
 """What one family of checkpoints is: its layouts on disk, its sizes, its model."""
 
 import dataclasses
+import operator
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ class Layout:
     signs: tuple[str, ...]  # tensors that this layout has and, all together, no other one
     rules: Callable[[Any], list[Rule]]  # of the sizes
     file: str  # stem of the exported files
+    config: Callable[[Any], Mapping[str, Any]] = operator.methodcaller('to_json')  # of the sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from metacanvas_jax.flow.times import dpm_schedule, schedule
+from metacanvas_jax.flow.unipc import unipc, unipc_schedule
 
 
 def euler(velocity: Callable, z_1: jax.Array, times: jax.Array) -> jax.Array:
@@ -52,4 +53,8 @@ class Solver:
     solve: Callable[[Callable, jax.Array, Any], jax.Array]
 
 
-SOLVERS = {'euler': Solver(schedule, euler), 'dpm++2m': Solver(dpm_schedule, dpm_solver)}
+SOLVERS = {
+    'euler': Solver(schedule, euler),
+    'dpm++2m': Solver(dpm_schedule, dpm_solver),
+    'unipc': Solver(unipc_schedule, unipc),
+}
