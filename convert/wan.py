@@ -124,7 +124,7 @@ FAMILY = Family(
             'diffusion_pytorch_model',
         ),
         'native': Layout(
-            ('blocks.0.cross_attn.norm_k.weight', 'head.modulation'),
+            ('blocks.0.cross_attn.norm_k.weight',),
             functools.partial(_rules, NATIVE),
             'diffusion_pytorch_model',
             config=WanConfig.to_native_json,

@@ -137,7 +137,7 @@ def read_config(directory: str | pathlib.Path) -> WanConfig:
         )
     except InputError as error:
         raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f'{path} is not the config of a Wan transformer: {error!r}') from error
     if config.condition_channels != values['condition_channels']:
         # Wan's models for pictures to video have another order: [noisy | mask | condition].
@@ -163,8 +163,9 @@ def _in_diffusers_words(values: Mapping[str, Any]) -> Mapping[str, Any]:
     values = {_NATIVE.get(name, name): value for name, value in values.items()}
     fixed = dict(model_type=('t2v', 'ti2v'), window_size=([-1, -1],), qk_norm=(True,))
     for name, supported in fixed.items():
-        if values.pop(name, supported[0]) not in supported:
-            raise InputError(f'{name} is none of {supported}, which are supported')
+        if (value := values.pop(name, supported[0])) not in supported:
+            names = ', '.join(map(repr, supported))
+            raise InputError(f'{name} {value!r} is not supported; there are: {names}')
     heads, dim = values.pop('num_heads'), values.pop('dim')
     if dim % heads:
         raise InputError(f'dim {dim} is no multiple of num_heads {heads}')
