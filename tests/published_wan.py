@@ -49,13 +49,13 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> Any:
     return module.eval()
 
 
-def reference(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    return randomise(WanTransformer3DModel(**CONFIGS[name])).to(dtype)
+def reference(name: str) -> Any:
+    return randomise(WanTransformer3DModel(**CONFIGS[name]))
 
 
 def save(folder: pathlib.Path, name: str, *, dtype: torch.dtype = torch.float32) -> pathlib.Path:
     """In several shards with an index, as the large ones."""
-    model = reference(name, dtype)
+    model = reference(name).to(dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(folder, max_shard_size=size // 3)
     assert len(list(folder.glob('*.safetensors'))) >= 3

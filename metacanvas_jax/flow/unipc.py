@@ -3,8 +3,8 @@
     x = z - sigma velocity(z, t)                                  the data that is foreseen
     y <- s y + (1 - s) (x_ + a (x_ - x__) + b (x - x_))           UniC: what z ought to have been
     z <- r y + (1 - r) (x + c (x - x_))                           UniP
-Strokes count steps back. s and r are the ratios of the last and of the next sigma to the one
-before. With g, h, k the steps of log((1 - sigma) / sigma) before the last, the last and the next:
+Strokes count steps back. s and r are the ratios of this sigma and of the next one to the one before
+it. With g, h, k the steps of log((1 - sigma) / sigma) before the last, the last and the next:
     c = k / 2h        p = 1 / (1 - e^-h) - 1 / h        q = (2p - 1) / (g + h)
     a = q h / g       b = p - q
 The first step corrects nothing and has no x_, the second no x__; the last has an endless k. Orders
