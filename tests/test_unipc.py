@@ -120,3 +120,17 @@ def test_no_solver_moves_given_frames(name):
         np.testing.assert_array_equal(t_BT[clean], 0)
         assert (t_BT[~clean] == t_BT[0, 1]).all()
         assert t_BT[0, 1] > 0
+
+
+def test_given_frames_are_imposed_on_whatever_a_solver_holds():
+    """On each copy of the batch; and their velocity is 0."""
+    seen, z = [], jnp.concatenate([EPS, 2 * EPS])
+    v = holding(lambda z, t_BT: seen.append((z, t_BT)) or z + 1, GIVEN, CLEAN)(z, 0.5)
+    clean = np.concatenate([CLEAN, CLEAN]) > 0
+    given = np.concatenate([GIVEN, GIVEN])
+    ((z_seen, t_BT),) = seen
+    np.testing.assert_array_equal(np.asarray(z_seen)[clean], given[clean])
+    np.testing.assert_array_equal(np.asarray(z_seen)[~clean], np.asarray(z)[~clean])
+    np.testing.assert_array_equal(t_BT, np.where(clean, 0, 0.5))
+    np.testing.assert_array_equal(np.asarray(v)[clean], 0)
+    np.testing.assert_array_equal(np.asarray(v)[~clean], np.asarray(z + 1)[~clean])
