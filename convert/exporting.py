@@ -40,6 +40,7 @@ def export_weights(
     with new_folder(pathlib.Path(target).absolute()) as partial:
         for file in copied:
             shutil.copyfile(file, partial / file.name)
+        _settle_config(partial / 'config.json', chosen, sizes)
         count = _write(partial, chosen, sizes, shapes, get, limit)
     return f'{target}: {count} tensors, {sum(a.size for a in shapes.values())} parameters'
 
@@ -58,10 +59,19 @@ def export(
         return np.asarray(values[path] if index is None else values[path][index])
 
     with new_folder(pathlib.Path(target).absolute()) as partial:
-        text = json.dumps(sizes.to_json(), indent=2) + '\n'
-        (partial / 'config.json').write_text(text, encoding='utf-8')
+        _settle_config(partial / 'config.json', chosen, sizes)
         shapes = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in values.items()}
         _write(partial, chosen, sizes, shapes, get, SHARD)
+
+
+def _settle_config(path: pathlib.Path, layout: Layout, sizes: Any) -> None:
+    """As it came where it is one of this layout, byte for byte; else as the sizes write it."""
+    values = layout.config(sizes)
+    if path.is_file():
+        found = json.loads(path.read_text(encoding='utf-8'))
+        if found.get('_class_name') in (None, values.get('_class_name')):
+            return
+    path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
 
 
 def _layout(component: str, name: str | None) -> Layout:

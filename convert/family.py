@@ -1,6 +1,7 @@
 """What one family of checkpoints is: its layouts on disk, its sizes, its model."""
 
 import dataclasses
+import operator
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ class Layout:
     rules: Callable[[Any], list[Rule]]  # of the sizes
     file: str  # stem of the exported files
     lone: bool = False  # one file of any size, without the config.json: an import writes that
+    config: Callable[[Any], Mapping[str, Any]] = operator.methodcaller('to_json')  # of the sizes
 
 
 @dataclasses.dataclass(frozen=True)

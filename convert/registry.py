@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from convert import dc_ae, flux, gemma2, qwen2_5_vl, sana
+from convert import dc_ae, flux, gemma2, qwen2_5_vl, sana, wan
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
@@ -10,6 +10,7 @@ FAMILIES: dict[str, Family] = {
     'qwen2_5_vl': qwen2_5_vl.FAMILY,
     'gemma2': gemma2.FAMILY,
     'sana': sana.FAMILY,
+    'wan': wan.FAMILY,
     'dc_ae': dc_ae.FAMILY,
     'flux': flux.FAMILY,
 }
@@ -34,8 +35,6 @@ STRANGERS = {
     'umt5': ('encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight',),
     'umt5 (native)': ('blocks.0.pos_embedding.embedding.weight',),
     't5': ('encoder.block.0.layer.0.SelfAttention.q.weight',),
-    'wan (diffusers)': ('blocks.0.attn2.norm_k.weight', 'scale_shift_table'),
-    'wan (native)': ('blocks.0.cross_attn.norm_k.weight',),
     'uniworld_connector': ('denoise_tower.denoise_projector.0.weight',),
     'language model of the Llama or Qwen kind': ('model.layers.0.self_attn.q_proj.weight',),
 }

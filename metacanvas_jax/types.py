@@ -5,7 +5,7 @@
     M  canvas tokens (K h w)       W  latent or pixel columns           N  attention heads (query)
     K  canvas keyframes            h  rows of the token grid            E  width of one head
     S  tokens of a DiT             w  columns of the token grid         G  key/value heads
-    3  the MRoPE axes t, h, w      F  pixel frames                      R  rank of a LoRA
+    3  the MRoPE axes t, h, w      F  pixel frames                      R  references; LoRA's rank
     I  pictures in a prompt        V  windows of a picture              P  patches of a window
     J  vision tokens of a prompt   X  values of a patch
     U  tokens that a base system's own text encoder reads, of whose states the DiT gets L
@@ -100,6 +100,11 @@ class Visual:
     context_images: tuple[Array, ...] = ()
     guidance_B: Array | None = None
     pooled_BD: Array | None = None
+    # Wan's, as latents: reference pictures, one for each slot in front of the frames; a source
+    # video, and 1 where one of the 4 pixel frames of a latent frame shall be kept as it is.
+    references_BRHWC: Array | None = None
+    condition_BTHWC: Array | None = None
+    mask_BTHW4: Array | None = None  # none: zeros, which is also what no condition is
 
 
 @struct.dataclass

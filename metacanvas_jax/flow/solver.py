@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from metacanvas_jax.flow.times import dpm_schedule, dynamic_schedule, schedule
+from metacanvas_jax.flow.unipc import unipc, unipc_schedule
 
 
 def euler(velocity: Callable, z_1: jax.Array, times: jax.Array) -> jax.Array:
@@ -56,4 +57,5 @@ SOLVERS = {
     'euler': Solver(schedule, euler),
     'dpm++2m': Solver(dpm_schedule, dpm_solver),
     'euler_dynamic': Solver(dynamic_schedule, euler),  # FLUX: shift = dynamic_shift(tokens)
+    'unipc': Solver(unipc_schedule, unipc),
 }
