@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import struct
 import sys
 import zlib
 
@@ -206,6 +207,19 @@ def flip(data: bytes, kind: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+def checksum(data: bytes) -> bytes:
+    """One bit in the checksum of the pixels, which themselves are whole."""
+    at = data.index(b'IEND') - 5
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def noise(data: bytes) -> bytes:
+    """No pixels, in a chunk that is whole."""
+    chunk = b'IDAT' + bytes(range(100, 160))
+    chunk = struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk))
+    return data[:33] + chunk + data[-12:]
+
+
 def jpeg(data: bytes) -> bytes:
     file = io.BytesIO()
     Image.open(io.BytesIO(data)).save(file, 'JPEG')
@@ -225,6 +239,8 @@ BROKEN = {
     'no pixels': (PICTURE, lambda data: data[:33] + data[-12:], ['unreadable']),
     'a pixel changed': (PICTURE, lambda data: flip(data, b'IDAT'), ['unreadable']),
     'the size changed': (PICTURE, lambda data: flip(data, b'IHDR'), ['unreadable']),
+    'a checksum changed': (PICTURE, checksum, ['unreadable']),
+    'noise for pixels': (PICTURE, noise, ['unreadable']),
     'a jpeg': (PICTURE, jpeg, ['unreadable']),
     'a web page': (PICTURE, lambda data: b'<!DOCTYPE html>', ['unreadable']),
     'no line': (LINE, None, ['missing']),

@@ -154,7 +154,7 @@ class Rows(Sequence[Sample]):
         sizes = np.concatenate([file.sizes(picture) for file, picture, _ in self._files])
         order = rng.permutation(len(lengths))
         starts = np.cumsum(lengths) - lengths
-        rows = np.concatenate([starts[group] + np.arange(lengths[group]) for group in order])
+        rows = np.concatenate([starts[group] + np.arange(int(lengths[group])) for group in order])
         window = np.repeat(np.cumsum(sizes[order]) // WINDOW, lengths[order])
         return rows[np.lexsort((rng.random(len(rows)), window))]
 

@@ -87,9 +87,11 @@ class Parquet:
         """The name of the column of such a kind: the one that `names` says, else the usual one."""
         given, fits = names.get(kind), {'picture': self._is_picture, 'caption': self._is_text}[kind]
         fields = {field.name: field.type for field in self._schema}
-        usual = NAMES[kind] if given is None else ()
-        found = [name for want in usual for name in fields if name.lower() == want]
-        for name in [given] if given in fields else found:
+        if given is None:
+            found = [name for usual in NAMES[kind] for name in fields if name.lower() == usual]
+        else:
+            found = [name for name in fields if name == given]
+        for name in found:
             if fits(fields[name]):
                 return name
         there = ', '.join(f'{name} ({type_})' for name, type_ in fields.items())
