@@ -2,6 +2,8 @@
 
 python sample.py --checkpoint DIR --prompt TEXT --output FILE.png [--num_images N]
 python sample.py --checkpoint DIR --prompts FILE.jsonl --output FOLDER
+python sample.py --checkpoint DIR --prompts geneval --output FOLDER [--processes N --process I]
+python sample.py --check --prompts geneval --output FOLDER
 python sample.py --checkpoint DIR --task describe --image FILE --prompt TEXT [--output FILE]
 
 A published system instead of a checkpoint: --config configs/base.py:qwen --config.weights.mllm=DIR
@@ -9,6 +11,7 @@ A published system instead of a checkpoint: --config configs/base.py:qwen --conf
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from metacanvas_jax.command import compilation_cache, config_from_flags, define_
 from metacanvas_jax.data.media import Media, read_image, read_video
 from metacanvas_jax.data.tasks import TASKS
 from metacanvas_jax.describe import Describer
+from metacanvas_jax.evaluate.layouts import LAYOUTS, Picture
 from metacanvas_jax.pipeline import Pipeline, load
 from metacanvas_jax.types import InputError
 
@@ -27,11 +31,14 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string('checkpoint', None, 'A train workdir, or one of its steps.')
 flags.DEFINE_string('output', None, 'The file to write; with --prompts a folder.')
 flags.DEFINE_string('prompt', None, 'What to draw, or to answer.')
-flags.DEFINE_string('prompts', None, 'A JSON object a line: prompt, and optionally id and seed.')
+flags.DEFINE_string('prompts', None, f'A .jsonl of prompt, id, seed; or of {", ".join(LAYOUTS)}.')
+flags.DEFINE_bool('check', default=False, help='Only says what the folder of a benchmark lacks.')
+flags.DEFINE_integer('processes', 1, 'Of so many, each draws its share of a benchmark.')
+flags.DEFINE_integer('process', 0, 'Which one this is, from 0.')
 flags.DEFINE_string('negative_prompt', '', 'What guidance steers away from.')
 flags.DEFINE_string('task', None, 'Inferred from the inputs where it is not given.')
 flags.DEFINE_integer('seed', 0, 'Picture i of a run has the noise fold_in(key(seed), i).')
-flags.DEFINE_integer('num_images', 1, 'How many pictures of the prompt.')
+flags.DEFINE_integer('num_images', None, 'How many pictures of the prompt: 1; of a benchmark, 4.')
 flags.DEFINE_integer('batch_size', 16, 'How many pictures at once; it never changes a picture.')
 flags.DEFINE_integer('steps', None, 'Solver steps.')
 flags.DEFINE_float('guidance', None, 'Scale of classifier-free guidance; 1 is none.')
@@ -60,13 +67,17 @@ def main() -> None:
     elif FLAGS.prompts is None:
         noise = None if FLAGS.noise is None else read_noise(pathlib.Path(FLAGS.noise))
         sample_prompt(open_pipeline(), noise)
+    elif FLAGS.prompts in LAYOUTS:
+        sample_benchmark()
     else:
         records = read_prompts(pathlib.Path(FLAGS.prompts))
         sample_prompts(open_pipeline(), records)
 
 
 def check_flags() -> None:
-    if (FLAGS.checkpoint is None) == (FLAGS.config is None):
+    if FLAGS.check and FLAGS.prompts not in LAYOUTS:
+        raise InputError(f'--check wants --prompts of a benchmark: {", ".join(LAYOUTS)}')
+    if not FLAGS.check and (FLAGS.checkpoint is None) == (FLAGS.config is None):
         raise InputError('give either --checkpoint or --config')
     if (FLAGS.prompt is None) == (FLAGS.prompts is None):
         raise InputError('give either --prompt or --prompts')
@@ -86,6 +97,10 @@ def check_flags() -> None:
         value = FLAGS[name].value
         if value is not None and value < 1:
             raise InputError(f'--{name} must be at least 1, got {value}')
+    if not 0 <= FLAGS.process < FLAGS.processes:
+        raise InputError(f'--process {FLAGS.process} is not one of {FLAGS.processes}, from 0')
+    if FLAGS.processes > 1 and FLAGS.prompts not in LAYOUTS:
+        raise InputError('--processes goes with --prompts of a benchmark')
     if FLAGS.temperature < 0 or not 0 < FLAGS.top_p <= 1:
         raise InputError(
             f'--temperature must be at least 0 and --top_p in (0, 1], got {FLAGS.temperature} '
@@ -157,7 +172,7 @@ def sample_prompt(pipe: Pipeline, noise: np.ndarray | None) -> None:
     if FLAGS.canvas_map and not pipe.has_canvas:
         raise InputError('--canvas_map: this model has no canvas (config.canvas.fuse is none)')
     output = pathlib.Path(FLAGS.output)
-    n = FLAGS.num_images if noise is None else len(noise)
+    n = (FLAGS.num_images or 1) if noise is None else len(noise)
     latents = [
         pipe.sample(
             [FLAGS.prompt] * len(part),
@@ -238,22 +253,51 @@ def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def sample_prompts(pipe: Pipeline, records: list[dict[str, Any]]) -> None:
     """One picture a line, named by its id; existing ones are kept, so a killed run resumes."""
-    folder = pathlib.Path(FLAGS.output)
-    todo = [record for record in records if not (folder / f'{record["id"]}.png').exists()]
+    pictures = [Picture(path=f'{record["id"]}.png', **record) for record in records]
+    todo = [
+        picture for picture in pictures if not pathlib.Path(FLAGS.output, picture.path).exists()
+    ]
     print(f'{len(records)} prompts, {len(records) - len(todo)} already there')
-    for seed in dict.fromkeys(record['seed'] for record in todo):
-        group = [record for record in todo if record['seed'] == seed]
+    draw(pipe, todo)
+
+
+def draw(pipe: Pipeline, pictures: list[Picture]) -> None:
+    for seed in dict.fromkeys(picture.seed for picture in pictures):
+        group = [picture for picture in pictures if picture.seed == seed]
         for part in parts(len(group)):
             chosen = group[part.start : part.stop]
             latents = pipe.sample(
-                [record['prompt'] for record in chosen],
-                indices=[record['index'] for record in chosen],
+                [picture.prompt for picture in chosen],
+                indices=[picture.index for picture in chosen],
                 seed=seed,
                 **settings(),
             )
-            for record, picture in zip(chosen, pipe.decode(latents), strict=True):
-                facts = {key: record[key] for key in ('prompt', 'seed', 'index')}
-                write_picture(picture, folder / f'{record["id"]}.png', facts)
+            for picture, pixels in zip(chosen, pipe.decode(latents), strict=True):
+                facts = {'prompt': picture.prompt, 'seed': seed, 'index': picture.index}
+                write_picture(pixels, pathlib.Path(FLAGS.output, picture.path), facts)
+
+
+# ---------------------------------------------------------------- a benchmark
+
+
+def sample_benchmark() -> None:
+    """Whole files are kept, so a killed run resumes; each process has its own share of them."""
+    kind, n = LAYOUTS[FLAGS.prompts], FLAGS.num_images
+    layout = kind() if n is None else kind(n)
+    folder, mine = pathlib.Path(FLAGS.output), slice(FLAGS.process, None, FLAGS.processes)
+    faults = layout.faults(folder)
+    if FLAGS.check:
+        print(*faults, f'{folder}: {layout.summary(faults)}', sep='\n')
+        sys.exit(1 if faults else 0)
+    faulty = {fault.path for fault in faults}
+    pictures = layout.pictures(FLAGS.seed)[mine]
+    todo = [picture for picture in pictures if picture.path in faulty]
+    print(f'{len(pictures)} pictures, {len(pictures) - len(todo)} already there')
+    if todo:
+        draw(open_pipeline(), todo)
+    for path, line in list(layout.lines().items())[mine]:
+        if path in faulty:
+            write(folder / path, lambda file, line=line: file.write(f'{line}\n'.encode()))
 
 
 # ---------------------------------------------------------------- files

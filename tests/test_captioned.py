@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import sys
 import tarfile
 
 import numpy as np
@@ -127,7 +128,8 @@ def test_the_seed_shuffles(tmp_path, monkeypatch):
     assert len(set(listed)) == 12
     found = list(folder.rglob('*.tar'))
     for order in (sorted(found), sorted(found)[::-1]):  # a disk may list them in any
-        monkeypatch.setattr(pathlib.Path, 'rglob', lambda self, kind, order=order: order)
+        listing = lambda self, kind, order=order: [path for path in order if path.match(kind)]
+        monkeypatch.setattr(pathlib.Path, 'rglob', listing)
         assert [sample.name for sample in find_samples(folder)] == listed
 
 
@@ -212,7 +214,9 @@ def test_a_tar_without_captions(tmp_path):
 def test_what_is_no_data(tmp_path):
     with pytest.raises(InputError, match='no such file or folder'):
         find_samples(tmp_path / 'none')
-    with pytest.raises(InputError, match=r'holds neither dataset\.jsonl nor \.tar files'):
+    with pytest.raises(
+        InputError, match=r'holds neither dataset\.jsonl nor \.tar or \.parquet files'
+    ):
         find_samples(tmp_path)
     tar = shards(tmp_path / 'tars') / '0.tar'
     cut = tmp_path / 'cut.tar'
@@ -223,6 +227,19 @@ def test_what_is_no_data(tmp_path):
         packed.add(tar)
     with pytest.raises(InputError, match=r'a\.tar\.gz is no tar that can be read in place'):
         find_samples(tmp_path / 'a.tar.gz')
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyarrow.parquet', None)  # as if it were not installed
+    (tmp_path / 'a.parquet').touch()
+    message = r"reading .*a\.parquet needs pyarrow: pip install 'metacanvas-jax\[data\]'"
+    with pytest.raises(InputError, match=message):
+        find_samples(tmp_path)
+    (tmp_path / 'dataset.jsonl').write_text(
+        '{"task": "t2i", "prompt": "a", "target": "parquet://a.parquet#0"}'
+    )
+    with pytest.raises(InputError, match=message):
+        find_samples(tmp_path)
 
 
 @pytest.mark.parametrize(

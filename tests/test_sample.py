@@ -112,6 +112,19 @@ def test_a_file_of_prompts(trained, tmp_path):
     assert np.abs(after - np.asarray(Image.open(folder / '3.png'), int)).max() <= 1
 
 
+def test_a_share_of_a_benchmark(trained, tmp_path):
+    """Four of GenEval's pictures and one of its lines, of so many processes."""
+    options = ['--processes=553', '--process=7', '--batch_size=4', f'--output={tmp_path}/out']
+    done = finished('sample.py', f'--checkpoint={trained}', '--prompts=geneval', *options)
+    assert done.stdout == '4 pictures, 0 already there\n'
+    files = {str(path.relative_to(tmp_path / 'out')) for path in tmp_path.rglob('*.*')}
+    pictures = {f'{i // 4:05}/samples/{i % 4:05}.png': i for i in (7, 560, 1113, 1666)}
+    assert files == {*pictures, '00007/metadata.jsonl'}
+    shown = {name: Image.open(tmp_path / 'out' / name) for name in pictures}
+    assert {name: int(picture.info['index']) for name, picture in shown.items()} == pictures
+    assert len({picture.tobytes() for picture in shown.values()}) == 4
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path):
     with script('sample') as sample:
         path = tmp_path / 'deep/out.png'

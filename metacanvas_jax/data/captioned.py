@@ -1,9 +1,10 @@
-"""Captioned pictures as they are published: tars of webdataset, or a folder with dataset.jsonl.
+"""Captioned pictures as they are published: tars of webdataset, parquet, or a dataset.jsonl.
 
 Tars hold NAME.jpg (or .jpeg, .png, .webp) and NAME.txt beside it, as BLIP3o-60k does. Their members
-are listed once and then read where they lie; nothing is extracted. A line of dataset.jsonl is
+are listed once and then read where they lie; nothing is extracted. A parquet file has a column of
+pictures and one of captions. A line of dataset.jsonl is
     {"task": "t2i", "prompt": "a red circle", "target": "pictures/0.png"}
-with the target relative to the file, or tar://SHARD.tar#MEMBER.
+with the target relative to the file, or tar://SHARD.tar#MEMBER, or parquet://FILE.parquet#ROW.
 """
 
 import collections
@@ -16,18 +17,20 @@ import pathlib
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from metacanvas_jax.data.media import cover, decode_image
+from metacanvas_jax.data.parquet import KEPT, Cell, Kept, Parquet
 from metacanvas_jax.data.tasks import Record
 from metacanvas_jax.types import InputError
 
 PICTURES = ('jpg', 'jpeg', 'png', 'webp')
 CAPTION = 'txt'
 MANIFEST = 'dataset.jsonl'
+WINDOW = KEPT // 2  # bytes of pictures in parquet that are shuffled together
 BROKEN = 0.05  # more of all samples than this: something is wrong with the data
 
 
@@ -49,25 +52,39 @@ class Part:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
     name: str
-    picture: Part | None
-    caption: Part | str | None
+    picture: Part | Cell | None
+    caption: Part | Cell | str | None
 
 
-def find_samples(path: str | pathlib.Path) -> list[Sample]:
-    """In a tar, a dataset.jsonl, or a folder of either; always in the same order."""
-    path = pathlib.Path(path)
+def find_samples(
+    path: str | pathlib.Path, columns: Mapping[str, str | None] | None = None
+) -> Sequence[Sample]:
+    """In a tar, a parquet file, a dataset.jsonl, or a folder of such; always in the same order.
+
+    `columns` may name those of parquet files: {'picture': name, 'caption': name}.
+    """
+    path, columns = pathlib.Path(path), columns or {}
     if not path.exists():
         raise InputError(f'no such file or folder: {path}')
     if path.is_dir():
         if (path / MANIFEST).is_file():
-            return list(_lines(path / MANIFEST))
-        if not (tars := sorted(path.rglob('*.tar'))):
-            raise InputError(f'{path} holds neither {MANIFEST} nor .tar files')
+            return list(_lines(path / MANIFEST, columns))
+        tars, tables = (sorted(path.rglob(f'*.{kind}')) for kind in ('tar', 'parquet'))
+        if not tars and not tables:
+            raise InputError(f'{path} holds neither {MANIFEST} nor .tar or .parquet files')
+        if tars and tables:
+            raise InputError(
+                f'{path} holds {len(tars)} .tar and {len(tables)} .parquet files; give a folder '
+                'of one kind'
+            )
     elif path.suffix == '.jsonl':
-        return list(_lines(path))
+        return list(_lines(path, columns))
     else:
-        tars = [path]
-    with ThreadPoolExecutor(min(16, len(tars))) as pool:
+        tars, tables = ([], [path]) if path.suffix == '.parquet' else ([path], [])
+    with ThreadPoolExecutor(min(16, len(tars) + len(tables))) as pool:
+        if tables:
+            kept = Kept()
+            return Rows(pool.map(lambda table: Parquet(table, kept), tables), columns)
         return [sample for found in pool.map(_shard, tars) for sample in found]
 
 
@@ -108,9 +125,46 @@ def _shard(path: pathlib.Path) -> list[Sample]:
     return [sample for sample in samples if sample.picture or sample.caption]
 
 
-def _lines(path: pathlib.Path) -> Iterator[Sample]:
+class Rows(Sequence[Sample]):
+    """Those of parquet files, which may be many: a sample is made when it is asked for."""
+
+    def __init__(self, files: Iterable[Parquet], columns: Mapping[str, str | None]):
+        self._files = [
+            (file, file.column('picture', columns), file.column('caption', columns))
+            for file in files
+        ]
+        self._ends = np.cumsum([len(file) for file, *_ in self._files])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        at = int(np.searchsorted(self._ends, index, 'right'))
+        file, picture, caption = self._files[at]
+        row = int(index - self._ends[at]) + len(file)
+        return Sample(f'{file.path}#{row}', Cell(file, row, picture), Cell(file, row, caption))
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """Indices. Row groups in any order, then the rows of as many as memory holds at once.
+
+        A row costs as much to read as its row group does: so each group is read once.
+        """
+        lengths = np.concatenate([file.lengths for file, *_ in self._files])
+        sizes = np.concatenate([file.sizes(picture) for file, picture, _ in self._files])
+        order = rng.permutation(len(lengths))
+        starts = np.cumsum(lengths) - lengths
+        rows = np.concatenate([starts[group] + np.arange(int(lengths[group])) for group in order])
+        window = np.repeat(np.cumsum(sizes[order]) // WINDOW, lengths[order])
+        return rows[np.lexsort((rng.random(len(rows)), window))]
+
+
+def _lines(path: pathlib.Path, columns: Mapping[str, str | None]) -> Iterator[Sample]:
     """Lines of other tasks are for other sources."""
+    kept = Kept()
     tar = functools.cache(list_tar)
+    table = functools.cache(lambda file: Parquet(file, kept))
     count = 0
     try:
         lines = path.read_text(encoding='utf-8').split('\n')
@@ -131,11 +185,17 @@ def _lines(path: pathlib.Path) -> Iterator[Sample]:
         if not isinstance(target, str) or not isinstance(caption, str | None):
             raise InputError(f'{where}: target and prompt want to be texts')
         count += 1
-        if not target.startswith('tar://'):
-            yield Sample(f'{where} ({target})', Part(path.parent / target), caption)
-            continue
-        shard, _, member = target.removeprefix('tar://').partition('#')
-        yield Sample(f'{where} ({target})', tar(path.parent / shard).get(member), caption)
+        if target.startswith('tar://'):
+            shard, _, member = target.removeprefix('tar://').partition('#')
+            picture = tar(path.parent / shard).get(member)
+        elif target.startswith('parquet://'):
+            shard, _, row = target.removeprefix('parquet://').rpartition('#')
+            file = table(path.parent / shard)
+            there = row.isdecimal() and int(row) < len(file)
+            picture = Cell(file, int(row), file.column('picture', columns)) if there else None
+        else:
+            picture = Part(path.parent / target)
+        yield Sample(f'{where} ({target})', picture, caption)
     if not count:
         raise InputError(f'{path} has no line of task t2i')
 
@@ -151,7 +211,10 @@ class CaptionedPictures:
         if not samples:
             raise InputError('there are no captioned pictures')
         self._samples, self._size = samples, (height, width)
-        self._order = np.random.default_rng(seed).permutation(len(samples))
+        rng = np.random.default_rng(seed)
+        self._order = (
+            samples.shuffled(rng) if isinstance(samples, Rows) else rng.permutation(len(samples))
+        )
         self._lock = threading.Lock()
         self.broken: dict[str, str] = {}
 
@@ -188,7 +251,7 @@ class CaptionedPictures:
             raise InputError(f'{sample.name} has no caption')
         if sample.picture is None:
             raise InputError(f'{sample.name} has no picture')
-        if isinstance(caption, Part):
+        if not isinstance(caption, str):
             try:
                 caption = caption.read().decode()
             except UnicodeDecodeError as error:

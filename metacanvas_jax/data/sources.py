@@ -3,6 +3,7 @@
 import dataclasses
 
 from metacanvas_jax.data.captioned import CaptionedPictures, find_samples
+from metacanvas_jax.data.parquet import NAMES
 from metacanvas_jax.data.shapes import LENGTH, Shapes, render
 from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, plan
 from metacanvas_jax.data.tasks import Record, TextRecord
@@ -47,8 +48,15 @@ def _dialogues(data, *kinds: str) -> ShapeDialogues:
 
 def _captioned(data) -> CaptionedPictures:
     if data.get('path') is None:
-        raise InputError('config.data.path is missing; give a folder of tars or of dataset.jsonl')
-    samples = find_samples(data.path)
+        raise InputError(
+            'config.data.path is missing; give a folder of tars, of parquet or of dataset.jsonl'
+        )
+    columns = data.get('columns') or {}
+    if unknown := set(columns) - set(NAMES):
+        raise InputError(
+            f'config.data.columns has {sorted(unknown)[0]!r}; it takes {", ".join(NAMES)}'
+        )
+    samples = find_samples(data.path, columns)
     return CaptionedPictures(samples, height=data.size, width=data.size, seed=data.seed)
 
 
