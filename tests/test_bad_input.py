@@ -20,15 +20,15 @@ from metacanvas_jax.checkpoint import save_weights
 from tests.test_resume import ROOT, config_file, environment, uninterrupted
 from tests.test_resume import command as command_line
 
-OWN = {}
-
 
 @contextlib.contextmanager
 def script(name: str):
     """train.py or sample.py as a module, its flags defined only for as long as it is used."""
     before = set(flags.FLAGS)
     module = importlib.import_module(name)
-    own = OWN.setdefault(name, {key: flags.FLAGS[key] for key in set(flags.FLAGS) - before})
+    # Kept on the module: pytest knows this file by another name than those who import from it.
+    new = {key: flags.FLAGS[key] for key in set(flags.FLAGS) - before}
+    own = vars(module).setdefault('_own_flags', new)
     for key, flag in own.items():
         if key not in flags.FLAGS:
             flags.FLAGS[key] = flag
@@ -182,6 +182,7 @@ SAMPLE = [
     ([*ONE, '--noise=HERE/flat.npy'], '', r'flat.npy has shape \(4,\), want \(H, W, C\), or|\(B, '),
     ([*FILE, '--noise=HERE/flat.npy'], '{"prompt": "x"}', 'go with --prompt, not with --prompts'),
     (FILE, None, '--prompts .*prompts.jsonl does not exist'),
+    ([*ASK, '--prompts=geneva'], None, '--prompts geneva does not exist'),
     (FILE, '', '--prompts .*prompts.jsonl holds no prompt'),
     (FILE, '\n \n', '--prompts .*prompts.jsonl holds no prompt'),
     (FILE, '{"prompt": "x"}\n{', 'prompts.jsonl:2 is not JSON'),
