@@ -1,4 +1,4 @@
-"""Draws pictures with a trained model, or asks its MLLM about one.
+"""Draws pictures and videos with a trained model, or asks its MLLM about one.
 
 python sample.py --checkpoint DIR --prompt TEXT --output FILE.png [--num_images N]
 python sample.py --checkpoint DIR --prompts FILE.jsonl --output FOLDER
@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
-from metacanvas_jax.data.media import Media, read_image, read_video
+from metacanvas_jax.data.media import Media, encode_video, read_image, read_video
 from metacanvas_jax.data.tasks import TASKS
 from metacanvas_jax.describe import Describer
 from metacanvas_jax.evaluate.layouts import LAYOUTS, Picture
@@ -49,7 +49,8 @@ flags.DEFINE_string('latents', None, 'Where to write the final latents, in the s
 flags.DEFINE_string('canvas_map', None, 'Where to write a map of the canvas features (App. I).')
 flags.DEFINE_multi_string('image', [], 'A picture that the prompt is about; several are allowed.')
 flags.DEFINE_string('video', None, 'A video that the prompt is about.')
-flags.DEFINE_integer('frames', 8, 'How many frames of --video the MLLM sees.')
+flags.DEFINE_integer('frames', None, 'Of a video to draw; how many of --video the MLLM sees (8).')
+flags.DEFINE_float('fps', None, 'Of a video to draw: frames a second.')
 flags.DEFINE_integer('max_new_tokens', 128, 'The longest answer of --task describe.')
 flags.DEFINE_float('temperature', 0.0, 'Of --task describe; 0 takes the likeliest token.')
 flags.DEFINE_float('top_p', 1.0, 'Of --task describe: draws from so much of the probability.')
@@ -66,7 +67,8 @@ def main() -> None:
         answer(open_system(), *media)
     elif FLAGS.prompts is None:
         noise = None if FLAGS.noise is None else read_noise(pathlib.Path(FLAGS.noise))
-        sample_prompt(open_pipeline(), noise)
+        first = read_image(FLAGS.image[0]) if FLAGS.image else None
+        sample_prompt(open_pipeline(), noise, first)
     elif FLAGS.prompts in LAYOUTS:
         sample_benchmark()
     else:
@@ -86,10 +88,10 @@ def check_flags() -> None:
         raise InputError(f'--task {FLAGS.task!r} is unknown; there are: {known}')
     if FLAGS.task == DESCRIBE and FLAGS.prompts:
         raise InputError('--task describe takes one --prompt')
-    if FLAGS.task != DESCRIBE and (FLAGS.image or FLAGS.video):
+    if FLAGS.task != DESCRIBE and (FLAGS.video or len(FLAGS.image) > 1):
         raise InputError(
-            '--image and --video go with --task describe; to draw a picture give --prompt or '
-            f'--prompts alone (tasks: {", ".join(TASKS)})'
+            '--video and several --image go with --task describe; to draw give --prompt, or '
+            '--prompts, and for a video --image, its first frame'
         )
     if FLAGS.task != DESCRIBE and FLAGS.output is None:
         raise InputError('--output is missing')
@@ -124,6 +126,7 @@ def open_pipeline() -> Pipeline:
 def settings() -> dict[str, Any]:
     return {
         'negative_prompt': FLAGS.negative_prompt,
+        'frames': FLAGS.frames,
         'steps': FLAGS.steps,
         'guidance': FLAGS.guidance,
         'size': (FLAGS.height, FLAGS.width),
@@ -136,7 +139,7 @@ def settings() -> dict[str, Any]:
 def read_media() -> tuple[list[np.ndarray], tuple[np.ndarray, float] | None]:
     """Before anything is compiled: the file may be at fault."""
     pictures = [read_image(path) for path in FLAGS.image]
-    return pictures, None if FLAGS.video is None else read_video(FLAGS.video, FLAGS.frames)
+    return pictures, None if FLAGS.video is None else read_video(FLAGS.video, FLAGS.frames or 8)
 
 
 def answer(
@@ -168,10 +171,12 @@ def answer(
 # ---------------------------------------------------------------- one prompt
 
 
-def sample_prompt(pipe: Pipeline, noise: np.ndarray | None) -> None:
+def sample_prompt(pipe: Pipeline, noise: np.ndarray | None, first: np.ndarray | None) -> None:
     if FLAGS.canvas_map and not pipe.has_canvas:
         raise InputError('--canvas_map: this model has no canvas (config.canvas.fuse is none)')
     output = pathlib.Path(FLAGS.output)
+    if noise is not None:
+        noise = pipe.given_noise(noise, (FLAGS.height, FLAGS.width), FLAGS.frames)
     n = (FLAGS.num_images or 1) if noise is None else len(noise)
     latents = [
         pipe.sample(
@@ -179,23 +184,29 @@ def sample_prompt(pipe: Pipeline, noise: np.ndarray | None) -> None:
             indices=part,
             seed=FLAGS.seed,
             noise=None if noise is None else noise[part.start : part.stop],
+            first=first,
             **settings(),
         )
         for part in parts(n)
     ]
     pictures = np.concatenate([pipe.decode(part) for part in latents])
-    for i, picture in enumerate(pictures):
+    for i, frames in enumerate(pictures):
         path = output if n == 1 else output.with_stem(f'{output.stem}_{i}')
-        write_picture(picture, path, {'prompt': FLAGS.prompt, 'seed': FLAGS.seed, 'index': i})
+        facts = {'prompt': FLAGS.prompt, 'seed': FLAGS.seed, 'index': i}
+        if len(frames) == 1:
+            write_picture(frames[0], path, facts)
+        else:
+            write_video(frames, path, facts, FLAGS.fps or pipe.config.data.fps)
         print(path)
     if FLAGS.latents:
-        final = np.concatenate(latents)[:, 0]
+        final = np.concatenate(latents)
+        final = final[:, 0] if final.shape[1] == 1 else final
         write(pathlib.Path(FLAGS.latents), lambda file: np.save(file, squeeze(final)))
     if FLAGS.canvas_map:
         feature = pipe.canvas_features([FLAGS.prompt], indices=[0], seed=FLAGS.seed)[0, 0]
-        side = pictures.shape[1]
+        side = pictures.shape[2]
         colours = Image.fromarray((pca_map(feature) * 255).round().astype(np.uint8))
-        colours = colours.resize((pictures.shape[2], side), Image.Resampling.NEAREST)
+        colours = colours.resize((pictures.shape[3], side), Image.Resampling.NEAREST)
         write(pathlib.Path(FLAGS.canvas_map), lambda file: colours.save(file, 'PNG'))
 
 
@@ -206,9 +217,12 @@ def read_noise(path: pathlib.Path) -> np.ndarray:
         noise = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f'--noise {path} is not a .npy array: {error}') from error
-    if noise.ndim not in (3, 4):
-        raise InputError(f'--noise {path} has shape {noise.shape}, want (H, W, C) or (B, H, W, C)')
-    return noise if noise.ndim == 4 else noise[None]
+    if noise.ndim not in (3, 4, 5):
+        raise InputError(
+            f'--noise {path} has shape {noise.shape}, want (H, W, C) of a picture or (T, H, W, C) '
+            'of a video, or several'
+        )
+    return noise
 
 
 def squeeze(latents: np.ndarray) -> np.ndarray:
@@ -274,7 +288,7 @@ def draw(pipe: Pipeline, pictures: list[Picture]) -> None:
             )
             for picture, pixels in zip(chosen, pipe.decode(latents), strict=True):
                 facts = {'prompt': picture.prompt, 'seed': seed, 'index': picture.index}
-                write_picture(pixels, pathlib.Path(FLAGS.output, picture.path), facts)
+                write_picture(pixels[0], pathlib.Path(FLAGS.output, picture.path), facts)
 
 
 # ---------------------------------------------------------------- a benchmark
@@ -314,6 +328,12 @@ def write_picture(picture: np.ndarray, path: pathlib.Path, facts: dict[str, Any]
     for key, value in {**facts, **settings(), 'checkpoint': FLAGS.checkpoint}.items():
         info.add_text(key, str(value))
     write(path, lambda file: Image.fromarray(picture).save(file, 'PNG', pnginfo=info))
+
+
+def write_video(frames: np.ndarray, path: pathlib.Path, facts: dict[str, Any], fps: float) -> None:
+    """An mp4 with the same, as its comment."""
+    told = json.dumps({**facts, **settings(), 'checkpoint': FLAGS.checkpoint})
+    write(path, lambda file: encode_video(file, frames, fps=fps, comment=told))
 
 
 def write(path: pathlib.Path, save) -> None:

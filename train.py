@@ -28,7 +28,8 @@ from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import BATCHES
 from metacanvas_jax.evaluate.shapes_score import shapes_score
 from metacanvas_jax.evaluate.sheet import contact_sheet
-from metacanvas_jax.pipeline import Pipeline, check_model, starting_model
+from metacanvas_jax.loading import check_model, starting_model
+from metacanvas_jax.pipeline import Pipeline
 from metacanvas_jax.sharding import make_mesh, put_batch
 from metacanvas_jax.train.log import MetricLog
 from metacanvas_jax.train.objective import OBJECTIVES
@@ -213,7 +214,7 @@ def draw_samples(pipe: Pipeline, workdir: pathlib.Path, step: int) -> None:
     asked = asked[: config.sample.count]
     indices = range(len(asked))
     folder = workdir / 'samples' / f'step_{step}'
-    pictures = pipe.decode(pipe.sample(asked, indices=indices, seed=config.seed))
+    pictures = pipe.decode(pipe.sample(asked, indices=indices, seed=config.seed))[:, 0]
     save_sheet(pictures, asked, folder / 'grid.png')
     if pipe.has_canvas:
         features = pipe.canvas_features(asked, indices=indices, seed=config.seed)[:, 0]
@@ -233,7 +234,7 @@ def score(pipe: Pipeline) -> dict:
     seed, evaluate = pipe.config.seed, pipe.config.evaluate
 
     def draw(captions: list[str], indices: range) -> np.ndarray:
-        return pipe.decode(pipe.sample(captions, indices=indices, seed=seed))
+        return pipe.decode(pipe.sample(captions, indices=indices, seed=seed))[:, 0]
 
     return shapes_score(
         draw, per_category=evaluate.per_category, batch=evaluate.batch_size, seed=seed

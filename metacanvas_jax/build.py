@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from metacanvas_jax.backbones import sana
+from metacanvas_jax.backbones import flux, sana, wan_config
 from metacanvas_jax.backbones.base import Backbone
+from metacanvas_jax.backbones.flux import Flux, FluxConfig
 from metacanvas_jax.backbones.sana import Sana, SanaConfig
+from metacanvas_jax.backbones.wan import Wan
+from metacanvas_jax.backbones.wan_config import WanConfig
 from metacanvas_jax.canvas.canvas_connector import Canvas, NoCanvas
 from metacanvas_jax.canvas.config import CanvasConfig, ContextConfig
 from metacanvas_jax.canvas.context_connector import Context, ContextConnector, EncoderText, NoText
@@ -55,7 +58,11 @@ class Part:
 
 
 MLLMS = {'qwen2_5_vl': Part(Qwen, QwenConfig, mllm_presets.PRESETS, mllm_presets.read_config)}
-BACKBONES = {'sana': Part(Sana, SanaConfig, sana.PRESETS, sana.read_config)}
+BACKBONES = {
+    'sana': Part(Sana, SanaConfig, sana.PRESETS, sana.read_config),
+    'flux': Part(Flux, FluxConfig, read_config=flux.read_config),
+    'wan': Part(Wan, WanConfig, read_config=wan_config.read_config),
+}
 VAES = {
     'pixel': Part(PixelVae, PixelConfig),
     'dc_ae': Part(DcAe, DcAeConfig, dc_ae_config.PRESETS, dc_ae_config.read_config),
@@ -231,7 +238,8 @@ def build_metacanvas(config: ConfigDict, key: jax.Array) -> MetaCanvas:
     """Figure 1; without config.mllm the base system alone."""
     mllm = build_mllm(config, key) if 'mllm' in config else None
     group = config.backbone
-    backbone = build_part(config, 'backbone', key, lora=_lora(group.lora), remat=group.remat)
+    adapts = {'lora': _lora(group.lora)} if group.get('lora') is not None else {}
+    backbone = build_part(config, 'backbone', key, **adapts, remat=group.remat)
     vae = build_part(config, 'vae', key)
     if vae.channels != backbone.latent_channels:
         raise InputError(

@@ -4,7 +4,6 @@ A system of an MLLM alone loads as a `Describer`; a `Pipeline` has one of its ow
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,90 +18,34 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from metacanvas_jax.build import (
-    COMPONENTS,
-    DTYPES,
     build_encoder,
-    build_model,
     build_readers,
     check_size,
     choose,
-    weights_folder,
 )
-from metacanvas_jax.checkpoint import RunCheckpoints
+from metacanvas_jax.data.media import cover
 from metacanvas_jax.data.tasks import TASKS, Asked
 from metacanvas_jax.describe import Describer
+from metacanvas_jax.flow.given import holding, impose
 from metacanvas_jax.flow.guidance import guided
-from metacanvas_jax.flow.path import frame_times
 from metacanvas_jax.flow.solver import SOLVERS
 from metacanvas_jax.flow.times import schedule
+from metacanvas_jax.loading import starting_model, trained
 from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.sharding import BATCH_AXES, make_mesh
-from metacanvas_jax.train.state import abstract, split_model
-from metacanvas_jax.train.trainable import trainable_filter
 from metacanvas_jax.train.workdir import read_config
 from metacanvas_jax.types import InputError, Texts, Visual
-from metacanvas_jax.weights import comes_from_weights, match_weights, place_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """`images` are PIL images, or one array: uint8 pixels for 'np', fp32 latents for 'latent'."""
+    """`images` are PIL images, or one array: uint8 pixels for 'np', fp32 latents for 'latent'.
+
+    Videos are `frames`, uint8 (F, H, W, 3) each; `images` are then their latents, or empty.
+    """
 
     images: list[Image.Image] | np.ndarray
-
-
-def check_model(config: ConfigDict) -> nnx.filterlib.Filter:
-    """Which parameters learn; refuses patterns and weights that do not fit, in no time."""
-    model = jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))
-    for prefix, folder in _weights(config):
-        match_weights(nnx.state(model), folder, prefix)
-    wanted = trainable_filter(config.trainable, model)
-    _refuse_frozen_noise(config, nnx.state(model), wanted)
-    return wanted
-
-
-def _weights(config: ConfigDict) -> list[tuple[str, pathlib.Path]]:
-    """(where in the model, the folder) of the weights that a run starts from."""
-    places = COMPONENTS[config.objective]
-    given = [(name, weights_folder(config, name)) for name in config.weights]
-    return [(choose(places, name, 'config.weights'), folder) for name, folder in given if folder]
-
-
-def _refuse_frozen_noise(config: ConfigDict, state: nnx.State, wanted) -> None:
-    """A part without weights must learn; for tests there is `random`."""
-    trainable, frozen = (
-        [path for path, _ in nnx.to_flat_state(part)]
-        for part in nnx.split_state(state, wanted, ...)
-    )
-    for name, prefix in COMPONENTS[config.objective].items():
-        learning, still = (
-            any(comes_from_weights(path, prefix) for path in paths) for paths in (trainable, frozen)
-        )
-        if still and not learning and config.weights.get(name) is None:
-            raise InputError(
-                f'config.weights.{name} is missing, and nothing of it learns; give the folder of '
-                'converted weights'
-            )
-
-
-def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The model that a run starts from: initial values, with published weights over them."""
-    make = functools.partial(build_model, config)
-    wanted = check_model(config)
-    weights = _weights(config)
-    graphdef, *parts = split_model(
-        make,
-        wanted,
-        seed=config.seed,
-        frozen_dtype=DTYPES[config.dtype],
-        mesh=mesh,
-        given=lambda path, _: any(comes_from_weights(path, prefix) for prefix, _ in weights),
-    )
-    whole = nnx.merge_state(*parts)
-    for prefix, folder in weights:
-        whole = place_weights(whole, folder, prefix)
-    trainable, frozen = nnx.split_state(whole, wanted, ...)
-    return graphdef, trainable, frozen
+    frames: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
 def load(
@@ -118,23 +61,9 @@ def load(
         config = read_config(path := pathlib.Path(source).absolute())
     graphdef, trainable, frozen = starting_model(config, mesh)
     if path is not None:
-        trainable = _trained(path, trainable, average=config.optimizer.ema > 0)
+        trainable = trained(path, trainable, average=config.optimizer.ema > 0)
     make = choose(PIPELINES, config.objective, 'config.objective')
     return make(config, graphdef, nnx.merge_state(trainable, frozen), mesh)
-
-
-def _trained(path: pathlib.Path, trainable: nnx.State, *, average: bool) -> nnx.State:
-    """What a run learned; the averaged weights, where it kept them."""
-    is_step = path.parent.name == 'checkpoints'
-    shapes = abstract(trainable)
-    wanted = {'ema': shapes} if average else {'trainable': shapes}
-    folder = path.parent if is_step else path / 'checkpoints'
-    with RunCheckpoints(folder, read_only=True) as checkpoints:
-        found = checkpoints.restore(wanted, step=int(path.name) if is_step else None, partial=True)
-    if found is None:
-        raise InputError(f'no usable checkpoint in {folder}')
-    (trained,) = found[1].values()
-    return trained
 
 
 class Pipeline:
@@ -149,6 +78,7 @@ class Pipeline:
         self._solve = jax.jit(self._solve, static_argnames=static, out_shardings=whole)
         self._features = jax.jit(self._features, static_argnames='latents', out_shardings=whole)
         self._decode = jax.jit(self._decode, out_shardings=whole)
+        self._encode = jax.jit(self._encode, out_shardings=whole)
 
     def with_state(self, state: nnx.State) -> 'Pipeline':
         """The same programs with other parameters of the same shapes."""
@@ -181,11 +111,15 @@ class Pipeline:
         guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
+        image: Image.Image | np.ndarray | None = None,
         noise: np.ndarray | None = None,
         callback: Callable | None = None,
         output: str = 'pil',
     ) -> Output:
-        """`noise`: initial latents (B, H, W, C); `callback(t, latents)` is called at each step."""
+        """`image`: the first frame of a video. `noise`: initial latents, (B, H, W, C) of pictures,
+        (B, T, H, W, C) of videos. `callback(t, latents)` is called at each step.
+        """
         prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
         latents = self.sample(
             prompts,
@@ -195,12 +129,18 @@ class Pipeline:
             steps=steps,
             guidance=guidance,
             size=(height, width),
+            frames=frames,
+            first=image if image is None else np.asarray(image),
             noise=noise,
             callback=callback,
         )
+        video = latents.shape[1] > 1
         if output == 'latent':
-            return Output(latents[:, 0])
+            return Output(latents if video else latents[:, 0])
         pixels = self.decode(latents)
+        if video:
+            return Output([], frames=list(pixels))
+        pixels = pixels[:, 0]
         return Output(pixels if output == 'np' else [Image.fromarray(image) for image in pixels])
 
     # ------------------------------------------------------------ in batches
@@ -215,12 +155,21 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         size: tuple[int | None, int | None] = (None, None),
+        frames: int | None = None,
+        first: np.ndarray | None = None,
         noise: np.ndarray | None = None,
         callback: Callable | None = None,
     ) -> np.ndarray:
-        """Latents (B, T, H, W, C); the picture of prompt j has the noise of index `indices[j]`."""
-        latents = self._latents(size)
-        z_1 = self._noise(indices, seed, latents) if noise is None else self._given(noise, latents)
+        """Latents (B, T, H, W, C); the picture of prompt j has the noise of index `indices[j]`.
+
+        `first` is a first frame for all of them, uint8 (H, W, 3) of any size.
+        """
+        latents = self._latents(size, frames)
+        if noise is None:
+            z_1 = self._noise(indices, seed, latents)
+        else:
+            z_1 = self.given_noise(noise, size, frames)
+        given, clean_BT = self._given_frames(first, len(prompts), latents)
         default = self.config.sample
         guidance = default.guidance if guidance is None else guidance
         prompt, negative = self._pair(prompts, negative_prompt, indices, seed)
@@ -230,6 +179,8 @@ class Pipeline:
             prompt,
             negative,
             self._put(z_1),
+            self._put(given),
+            self._put(clean_BT),
             solver.times(steps or default.steps, default.shift),
             latents=latents,
             solver=solver.solve,
@@ -238,11 +189,26 @@ class Pipeline:
         )
         return np.asarray(z)
 
+    def given_noise(
+        self,
+        noise: np.ndarray,
+        size: tuple[int | None, int | None] = (None, None),
+        frames: int | None = None,
+    ) -> np.ndarray:
+        """(B, T, H, W, C) of (H, W, C) for a picture, (T, H, W, C) for a video, or of several."""
+        latents = self._latents(size, frames)
+        shape = (*latents, self._vae.channels)
+        want = shape[1:] if latents[0] == 1 else shape
+        noise = np.asarray(noise, np.float32)
+        if noise.shape[-len(want) :] != want:
+            raise InputError(f'the noise has shape {noise.shape}, this size wants {want}')
+        return noise.reshape(-1, *shape)
+
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Pictures (B, H, W, 3) uint8."""
+        """Frames (B, F, H, W, 3) uint8; a picture is one."""
         with jax.set_mesh(self._mesh):
             pixels = self._decode(self._state, jnp.asarray(latents))
-        return np.asarray(jnp.clip(jnp.round(pixels * 127.5 + 127.5), 0, 255), np.uint8)[:, 0]
+        return np.asarray(jnp.clip(jnp.round(pixels * 127.5 + 127.5), 0, 255), np.uint8)
 
     def canvas_features(
         self, prompts: Sequence[str], *, indices: Sequence[int], seed: int
@@ -255,16 +221,19 @@ class Pipeline:
             raise InputError(
                 'this model has no canvas (config.canvas.fuse is none): nothing to map'
             )
-        latents, default = self._latents((None, None)), self.config.sample
+        latents, default = self._latents((None, None), None), self.config.sample
         times = schedule(default.steps, default.shift)
         middle = int(jnp.argmin(jnp.abs(times - 0.5)))
         prompt, negative = self._pair(prompts, '', indices, seed)
         z_1 = self._put(self._noise(indices, seed, latents))
+        given, clean_BT = self._given_frames(None, len(prompts), latents)
         z = self._solve(
             self._state,
             prompt,
             negative,
             z_1,
+            self._put(given),
+            self._put(clean_BT),
             times[: middle + 1],
             latents=latents,
             solver=SOLVERS['euler'].solve,
@@ -278,21 +247,41 @@ class Pipeline:
     def _model(self, state) -> MetaCanvas:
         return nnx.merge(self._graphdef, state)
 
-    def _solve(self, state, prompt, negative, z_1, times, *, latents, solver, guidance, callback):
+    def _solve(
+        self,
+        state,
+        prompt,
+        negative,
+        z_1,
+        given,
+        clean_BT,
+        times,
+        *,
+        latents,
+        solver,
+        guidance,
+        callback,
+    ):
         """The whole sampler is one program."""
         model = self._model(state)
 
-        def velocity(z, t, plan):
-            clean_BT = jnp.zeros(z.shape[:2])
+        def velocity(z, t_BT, plan):
             if callback is not None:
-                io_callback(callback, None, t, z[: len(z_1)], ordered=True)
-            t_BT = frame_times(jnp.full(len(z), t), clean_BT)
-            return model.velocity(z, t_BT, plan, Visual(clean_BT=clean_BT))
+                io_callback(callback, None, jnp.max(t_BT), z[: len(z_1)], ordered=True)
+            clean = jnp.concatenate([clean_BT] * (len(z) // len(z_1)))
+            return model.velocity(z, t_BT, plan, Visual(clean_BT=clean))
 
+        held = holding(velocity, given, clean_BT)
         plan = model.plan(prompt, latents)
         if guidance == 1:
-            return solver(lambda z, t: velocity(z, t, plan), z_1, times)
-        return solver(guided(velocity, plan, model.plan(negative, latents), guidance), z_1, times)
+            solved = solver(lambda z, t: held(z, t, plan), z_1, times)
+        else:
+            against = model.plan(negative, latents)
+            solved = solver(guided(held, plan, against, guidance), z_1, times)
+        return impose(solved, given, clean_BT)
+
+    def _encode(self, state, pixels):
+        return self._model(state).vae.encode(pixels)
 
     def _decode(self, state, z):
         return self._model(state).vae.decode(z)
@@ -306,23 +295,42 @@ class Pipeline:
 
     # ------------------------------------------------------------ inputs
 
-    def _latents(self, size: tuple[int | None, int | None]) -> tuple[int, int, int]:
-        height, width = (self.config.data.size if side is None else side for side in size)
+    def _latents(
+        self, size: tuple[int | None, int | None], frames: int | None
+    ) -> tuple[int, int, int]:
+        data, vae = self.config.data, self._vae
+        default = (data.height, data.width) if 'height' in data else (data.size, data.size)
+        height, width = (d if side is None else side for side, d in zip(size, default, strict=True))
         check_size(self.config, height, width)
-        return 1, height // self._vae.stride, width // self._vae.stride
+        frames = data.get('frames', 1) if frames is None else frames
+        if frames < 1 or (frames > 1 and vae.time_stride == 1):
+            raise InputError(f'this system makes pictures, not {frames} frames')
+        if beyond := (frames - 1) % vae.time_stride:
+            raise InputError(
+                f'frames {frames} is not 1 more than a multiple of {vae.time_stride} '
+                f'(nearest: {frames - beyond})'
+            )
+        return (frames - 1) // vae.time_stride + 1, height // vae.stride, width // vae.stride
+
+    def _given_frames(self, first: np.ndarray | None, batch: int, latents):
+        """Latents (B, T, H, W, C) of which those are given where the second, (B, T), is 1."""
+        T, H, W = latents
+        given = np.zeros((batch, *latents, self._vae.channels), np.float32)
+        clean_BT = np.zeros((batch, T), np.float32)
+        if first is not None:
+            if T == 1:
+                raise InputError('a picture has no first frame; ask for several frames')
+            pixels = cover(first, H * self._vae.stride, W * self._vae.stride)
+            x = pixels[None, None].astype(np.float32) / 127.5 - 1
+            with jax.set_mesh(self._mesh):
+                given[:, :1] = np.asarray(self._encode(self._state, x))
+            clean_BT[:, 0] = 1
+        return given, clean_BT
 
     def _noise(self, indices, seed: int, latents) -> np.ndarray:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))
         draw = jax.vmap(lambda key: jax.random.normal(key, (*latents, self._vae.channels)))
         return np.asarray(draw(keys(jnp.asarray(indices, jnp.uint32))))
-
-    def _given(self, noise: np.ndarray, latents) -> np.ndarray:
-        want = (latents[1], latents[2], self._vae.channels)
-        noise = np.asarray(noise, np.float32)
-        noise = noise[None] if noise.ndim == 3 else noise
-        if noise.shape[1:] != want:
-            raise InputError(f'the noise has shape {noise.shape[1:]}, this size wants {want}')
-        return noise[:, None]
 
     def _pair(self, prompts, negative_prompt: str, indices: Sequence[int], seed: int):
         """Both branches of guidance in one bucket: they run as one batch."""

@@ -17,7 +17,7 @@ from metacanvas_jax.build import READERS, build_model
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import BATCHES
 from metacanvas_jax.flow.path import frame_times
-from metacanvas_jax.pipeline import check_model
+from metacanvas_jax.loading import check_model
 from metacanvas_jax.text_encoders import gemma2
 from metacanvas_jax.train.objective import OBJECTIVES
 from metacanvas_jax.train.optim import OptimizerConfig, make_optimizer

@@ -15,8 +15,8 @@ from configs import quickstart
 from convert.family import parameters
 from convert.importing import import_weights
 from metacanvas_jax.checkpoint import save_weights
+from metacanvas_jax.loading import starting_model
 from metacanvas_jax.mllm.config import read_config
-from metacanvas_jax.pipeline import starting_model
 from metacanvas_jax.sharding import make_mesh, shardings
 from metacanvas_jax.types import InputError
 from metacanvas_jax.weights import load_weights, match_weights, place_weights, weight_shapes

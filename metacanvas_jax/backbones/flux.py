@@ -74,6 +74,11 @@ class FluxConfig:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def patch_size(self) -> int:
+        """Of latents; that of config.json is of tokens which are packed already."""
+        return PATCH
+
     def to_json(self) -> dict[str, Any]:
         """The published config.json, which diffusers reads too."""
         return {

@@ -8,10 +8,14 @@ from flax import nnx
 
 
 class Vae(nnx.Module, abc.ABC):
-    """`stride` pixels per latent row and column, `channels` of the latents."""
+    """`stride` pixels per latent row and column, `channels` of the latents.
+
+    A video's first frame is a latent frame, and so are each `time_stride` frames after it.
+    """
 
     stride: int
     channels: int
+    time_stride: int = 1
 
     @abc.abstractmethod
     def encode(self, x_BFHWC: jax.Array) -> jax.Array:
