@@ -99,7 +99,7 @@ TRAIN = [
     (
         '',
         ['--config.weights.mllm=tiny_qwen', '--config.mllm.size=3b'],
-        "not of size '3b': hidden_si",
+        'does not fit config.mllm: hidden_si',
     ),
 ]
 
@@ -179,7 +179,7 @@ SAMPLE = [
     ([*ONE, '--guidance=strong'], '', 'guidance'),
     ([*ONE, '--noise=HERE/none.npy'], '', '--noise .*none.npy does not exist'),
     ([*ONE, '--noise=HERE/prompts.jsonl'], 'text', '--noise .*prompts.jsonl is not a .npy array'),
-    ([*ONE, '--noise=HERE/flat.npy'], '', r'flat.npy has shape \(4,\), want \(H, W, C\), or|\(B, '),
+    ([*ONE, '--noise=HERE/flat.npy'], '', r'flat.npy has shape \(4,\), want \(H, W, C\) of a pic'),
     ([*FILE, '--noise=HERE/flat.npy'], '{"prompt": "x"}', 'go with --prompt, not with --prompts'),
     (FILE, None, '--prompts .*prompts.jsonl does not exist'),
     ([*ASK, '--prompts=geneva'], None, '--prompts geneva does not exist'),
