@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from convert import registry
+from convert.family import Layout
 from convert.rules import Match, Piece, Shapes, match
 from convert.source import Source, open_source
 from convert.target import Writer, new_folder
@@ -53,12 +54,17 @@ def import_weights(
 ) -> str:
     """Converts `source` into the folder `target`; returns a sentence about it."""
     opened = open_source(source)
-    _, shapes, found = _matched(component, opened, source, dtype)
-    copied = [opened.folder / name for name in SETTINGS if (opened.folder / name).is_file()]
+    layout = registry.find_layout(component, opened.tensors, source)
+    sizes, shapes, found = _matched(component, layout, opened, source, dtype)
+    settings = SETTINGS if layout.sizes is None else ()
+    copied = [opened.folder / name for name in settings if (opened.folder / name).is_file()]
     copied += _tokenizer(opened.folder, tokenizer)
     with new_folder(pathlib.Path(target).absolute()) as folder, _digests(opened.files) as digests:
         for file in copied:
             shutil.copyfile(file, folder / file.name)
+        if layout.sizes is not None:
+            text = json.dumps(sizes.to_json(), indent=2) + '\n'
+            (folder / 'config.json').write_text(text, encoding='utf-8')
         writer = Writer(folder, shapes)
         for piece in found.pieces:
             _convert(piece, opened, writer.put)
@@ -80,7 +86,8 @@ def import_weights(
 def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
     """The published weights at `path` as our module, in host memory."""
     opened = open_source(path)
-    sizes, shapes, found = _matched(component, opened, path, dtype)
+    layout = registry.find_layout(component, opened.tensors, path)
+    sizes, shapes, found = _matched(component, layout, opened, path, dtype)
     values = {name: np.empty(a.shape, a.dtype) for name, a in shapes.items()}
 
     def put(name: str, index: int | None, value: np.ndarray) -> None:
@@ -100,16 +107,15 @@ def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
 
 
 def _matched(
-    component: str, source: Source, where: str, dtype: str | None
+    component: str, layout: Layout, source: Source, where: str, dtype: str | None
 ) -> tuple[Any, Shapes, Match]:
-    """The sizes that the source's config names, the parameters, and how the source fills them."""
+    """The sizes of the source's model, its parameters, and how the source fills them."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f'--dtype {dtype!r} is unknown; there are: {", ".join(DTYPES)}')
     family = registry.find(component)
-    layout = registry.find_layout(component, source.tensors, where)
-    sizes = family.sizes(source.folder, source.tensors)
+    sizes = family.published_sizes(layout, source.folder, source.tensors)
     shapes = family.parameters(sizes)
-    found = match(layout.rules(sizes), source.tensors, shapes)
+    found = match(layout.rules(sizes), layout.taken(source.tensors), shapes)
     if not found.fits:
         lists = (
             f'{len(lines)} {title}: {"; ".join(lines[:5])}{" ..." if len(lines) > 5 else ""}'

@@ -25,12 +25,18 @@ from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.types import InputError
 from metacanvas_jax.vae.dc_ae import DcAe
 from metacanvas_jax.vae.dc_ae_config import DcAeConfig
+from metacanvas_jax.vae.flux_ae import FluxAe
+from metacanvas_jax.vae.flux_ae_config import FluxAeConfig
 from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 
 BACKBONES = {'sana': (Sana, SanaConfig)}
-VAES = {'pixel': (PixelVae, PixelConfig), 'dc_ae': (DcAe, DcAeConfig)}
+VAES = {
+    'pixel': (PixelVae, PixelConfig),
+    'dc_ae': (DcAe, DcAeConfig),
+    'flux_ae': (FluxAe, FluxAeConfig),
+}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 # config.objective -> {config.weights.NAME: where its parameters stand in the model}

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 
@@ -87,6 +88,22 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = layer_norm(x.astype(jnp.float32), self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Over all pixels of a group of neighbouring channels, one picture at a time."""
+
+    def __init__(self, width: int, groups: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        y = rearrange(x_BHWC.astype(jnp.float32), 'B H W (g c) -> B (H W) g c', g=self.groups)
+        y = y - y.mean((1, 3), keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.eps)
+        y = y.reshape(x_BHWC.shape) * self.scale[...] + self.bias[...]
+        return y.astype(x_BHWC.dtype)
 
 
 def modulate(x, shift, scale):
