@@ -131,11 +131,10 @@ class Attention(nnx.Module):
     """Without biases of projections and without a scale, which T5 keeps in its weights."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        width, inner = config.d_model, config.num_heads * config.d_kv
+        width, E = config.d_model, config.d_kv
+        inner = config.num_heads * E
         linear = functools.partial(Linear, bias=False, rngs=rngs)
-        self.q = linear(
-            width, inner, ('embed', 'heads'), init=normal((width * config.d_kv) ** -0.5)
-        )
+        self.q = linear(width, inner, ('embed', 'heads'), init=normal((width * E) ** -0.5))
         self.k = linear(width, inner, ('embed', 'heads'), init=normal(width**-0.5))
         self.v = linear(width, inner, ('embed', 'heads'), init=normal(width**-0.5))
         self.o = linear(inner, width, ('heads', 'embed'), init=normal(inner**-0.5))
