@@ -23,7 +23,7 @@ from metacanvas_jax.types import InputError
 from tests import published, published_flux
 
 MANIFESTS = pathlib.Path(__file__).parent / 'manifests'
-KINDS = {'t5': ('t5_xxl', 29), 'umt5': ('umt5_xxl', 31)}  # the manifest, and tensors of a tiny one
+KINDS = {'t5': ('t5_xxl', 30), 'umt5': ('umt5_xxl', 32)}  # the manifest, and tensors of a tiny one
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
