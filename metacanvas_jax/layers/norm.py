@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import reduce, repeat
 from flax import nnx
 
 
@@ -99,11 +99,20 @@ class GroupNorm(nnx.Module):
         self.groups, self.eps = groups, eps
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        y = rearrange(x_BHWC.astype(jnp.float32), 'B H W (g c) -> B (H W) g c', g=self.groups)
-        y = y - y.mean((1, 3), keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 3), keepdims=True) + self.eps)
-        y = y.reshape(x_BHWC.shape) * self.scale[...] + self.bias[...]
-        return y.astype(x_BHWC.dtype)
+        y = x_BHWC.astype(jnp.float32)
+        y = y - _group_means(y, self.groups)
+        y = y * jax.lax.rsqrt(_group_means(jnp.square(y), self.groups) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x_BHWC.dtype)
+
+
+def _group_means(y_BHWC: jax.Array, groups: int) -> jax.Array:
+    """(B, 1, 1, C). Pixels first, channel by channel: twice as fast on CPU as groups at once.
+
+    Columns before rows: XLA adds one number after the other, and long sums lose digits.
+    """
+    y_BC = y_BHWC.mean(2).mean(1)
+    means = reduce(y_BC, 'B (g c) -> B g', 'mean', g=groups)
+    return repeat(means, 'B g -> B 1 1 (g c)', c=y_BC.shape[-1] // groups)
 
 
 def modulate(x, shift, scale):
