@@ -61,7 +61,12 @@ def autoencoder(name: str) -> Any:
         up_block_types=('UpDecoderBlock2D',) * stages,
         **config,
     )
-    return randomise(model)
+    randomise(model)
+    with torch.no_grad():  # so small that the first norm's epsilon is seen
+        for half in (model.encoder, model.decoder):
+            half.conv_in.weight.mul_(0.01)
+            half.conv_in.bias.mul_(0.01)
+    return model
 
 
 # ------------------------------------------------------------ text encoders
@@ -73,6 +78,7 @@ CLIP: dict[str, Any] = dict(
     num_hidden_layers=3,
     num_attention_heads=3,
     max_position_embeddings=11,
+    layer_norm_eps=1e-3,  # large enough to be seen
     bos_token_id=0,
     eos_token_id=2,
     attn_implementation='eager',
@@ -92,6 +98,7 @@ T5: dict[str, Any] = dict(
     num_heads=3,
     relative_attention_num_buckets=8,
     relative_attention_max_distance=20,
+    layer_norm_epsilon=1e-3,
     feed_forward_proj='gated-gelu',
     tie_word_embeddings=False,
     attn_implementation='eager',
