@@ -21,12 +21,12 @@ class PaddedTokenizer:
         self._tokenizer, self._reader, self._size = tokenizer, reader, size
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        padding, self._end = (tokenizer.token_to_id(token) for token in (pad, end))
-        if padding is None or self._end is None:
+        ids = tokenizer.token_to_id(pad), tokenizer.token_to_id(end)
+        if ids[0] is None or ids[1] is None:
             raise InputError(f'the tokenizer of {reader} lacks {pad} or {end}')
+        self._pad, self._end = ids
         if (empty := self._ids(''))[-1:] != [self._end]:
             raise InputError(f'the tokenizer of {reader} ends an empty text as {empty}, not {end}')
-        self._pad = padding
         self._lock = threading.Lock()
         self.truncated = 0
 
