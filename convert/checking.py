@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from convert import registry
+from convert.family import Layout
 from convert.rules import Match, Shapes, match
 from convert.source import open_source
 from metacanvas_jax.types import InputError
@@ -44,12 +45,12 @@ def _check(
 ) -> tuple[str, bool]:
     family = registry.find(component)
     layout = registry.find_layout(component, tensors, where)
-    sizes = family.sizes(folder, tensors)
-    found = match(layout.rules(sizes), tensors, family.parameters(sizes))
-    return _report(name, tensors, found), found.fits
+    sizes = family.published_sizes(layout, folder, tensors)
+    found = match(layout.rules(sizes), layout.taken(tensors), family.parameters(sizes))
+    return _report(name, tensors, found, layout), found.fits
 
 
-def _report(name: str, tensors: Shapes, found: Match) -> str:
+def _report(name: str, tensors: Shapes, found: Match, layout: Layout) -> str:
     count = sum(tensor.size for tensor in tensors.values())
     lines = [
         f'{name}: {len(tensors)} tensors, {count} parameters, {len(found.unused)} unused, '
@@ -57,4 +58,7 @@ def _report(name: str, tensors: Shapes, found: Match) -> str:
     ]
     for title, items in found.problems().items():
         lines += [f'{title}:', *(f'  {item}' for item in items)]
+    for start, why in layout.left.items():
+        if number := sum(name.startswith(start) for name in tensors):
+            lines.append(f'{number} tensors {start}* are left: {why}')
     return '\n'.join(lines)

@@ -118,7 +118,7 @@ def _write(
     filled = {path for piece in found for path in piece.paths}
     assert filled == set(shapes), f'no rule for {sorted(set(shapes) - filled)[:3]}'
     published = published_shapes(found, shapes)
-    limit = sys.maxsize if layout.lone else limit
+    limit = limit if layout.sizes is None else sys.maxsize
     shards = Shards(folder, published, stem=layout.file, limit=limit)
     for piece in found:
         _convert(piece, get, shards)

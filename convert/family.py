@@ -20,19 +20,30 @@ class Layout:
     signs: tuple[str, ...]  # tensors that this layout has and, all together, no other one
     rules: Callable[[Any], list[Rule]]  # of the sizes
     file: str  # stem of the exported files
-    lone: bool = False  # one file of any size, without the config.json: an import writes that
     config: Callable[[Any], Mapping[str, Any]] = operator.methodcaller('to_json')  # of the sizes
+    # Of a layout that comes as one file without config.json; one beside it may be another model's.
+    sizes: Callable[[pathlib.Path, Shapes], Any] | None = None
+    # {start of names: why these tensors of a larger model are not converted}
+    left: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def taken(self, tensors: Shapes) -> Shapes:
+        """Without those that are left."""
+        return {n: a for n, a in tensors.items() if not n.startswith(tuple(self.left))}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A file of this package holds one, and `registry.FAMILIES` lists them."""
 
-    # From the folder's config.json; from the shapes where a layout comes without one.
+    # From the folder's config.json, or from the shapes of our own parameters.
     sizes: Callable[[pathlib.Path, Shapes], Any]
     sizes_of: Callable[[nnx.Module], Any]  # with a method to_json, the published config.json
     model: Callable[[Any, Any, nnx.Rngs], nnx.Module]  # of the sizes and the dtype to compute in
     layouts: Mapping[str, Layout]  # the first one is exported unless another is asked for
+
+    def published_sizes(self, layout: Layout, folder: pathlib.Path, tensors: Shapes) -> Any:
+        """Of a checkpoint in this layout."""
+        return (layout.sizes or self.sizes)(folder, tensors)
 
     def parameters(self, sizes: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """{path: shape} of the model's parameters; nothing is allocated."""

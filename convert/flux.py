@@ -135,9 +135,7 @@ def _norms(ours: list[str], theirs: str) -> list[Rule]:
 # ------------------------------------------------------------ sizes
 
 
-def _sizes(folder: pathlib.Path, shapes: Shapes) -> FluxConfig:
-    if 'img_in.weight' not in shapes:
-        return read_config(folder)
+def _bfl_sizes(folder: pathlib.Path, shapes: Shapes) -> FluxConfig:
     if 'guidance_in.in_layer.weight' not in shapes:
         raise InputError(f'{folder}: no guidance_in.in_layer.weight: {SCHNELL}')
     width, in_channels = shapes['img_in.weight'].shape
@@ -182,13 +180,13 @@ def _sizes_of(module: nnx.Module) -> FluxConfig:
 
 # Of FLUX.2 and Chroma, which share most names, neither has modulations in its blocks.
 FAMILY = Family(
-    sizes=_sizes,
+    sizes=lambda folder, shapes: read_config(folder),
     sizes_of=_sizes_of,
     model=_model,
     layouts={
         'diffusers': Layout(
             (f'{SINGLE}.0.norm.linear.weight',), _diffusers, 'diffusion_pytorch_model'
         ),
-        'bfl': Layout(('single_blocks.0.modulation.lin.weight',), _bfl, 'flux1', lone=True),
+        'bfl': Layout(('single_blocks.0.modulation.lin.weight',), _bfl, 'flux1', sizes=_bfl_sizes),
     },
 )

@@ -54,14 +54,15 @@ def import_weights(
 ) -> str:
     """Converts `source` into the folder `target`; returns a sentence about it."""
     opened = open_source(source)
-    layout, sizes, shapes, found = _matched(component, opened, source, dtype)
-    settings = [] if layout.lone else SETTINGS  # what lies beside a lone file may be another's
+    layout = registry.find_layout(component, opened.tensors, source)
+    sizes, shapes, found = _matched(component, layout, opened, source, dtype)
+    settings = SETTINGS if layout.sizes is None else ()
     copied = [opened.folder / name for name in settings if (opened.folder / name).is_file()]
     copied += _tokenizer(opened.folder, tokenizer)
     with new_folder(pathlib.Path(target).absolute()) as folder, _digests(opened.files) as digests:
         for file in copied:
             shutil.copyfile(file, folder / file.name)
-        if layout.lone:
+        if layout.sizes is not None:
             text = json.dumps(sizes.to_json(), indent=2) + '\n'
             (folder / 'config.json').write_text(text, encoding='utf-8')
         writer = Writer(folder, shapes)
@@ -85,7 +86,8 @@ def import_weights(
 def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
     """The published weights at `path` as our module, in host memory."""
     opened = open_source(path)
-    _, sizes, shapes, found = _matched(component, opened, path, dtype)
+    layout = registry.find_layout(component, opened.tensors, path)
+    sizes, shapes, found = _matched(component, layout, opened, path, dtype)
     values = {name: np.empty(a.shape, a.dtype) for name, a in shapes.items()}
 
     def put(name: str, index: int | None, value: np.ndarray) -> None:
@@ -105,23 +107,22 @@ def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:
 
 
 def _matched(
-    component: str, source: Source, where: str, dtype: str | None
-) -> tuple[Layout, Any, Shapes, Match]:
-    """The layout, its model's sizes and parameters, and how the source fills them."""
+    component: str, layout: Layout, source: Source, where: str, dtype: str | None
+) -> tuple[Any, Shapes, Match]:
+    """The sizes of the source's model, its parameters, and how the source fills them."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f'--dtype {dtype!r} is unknown; there are: {", ".join(DTYPES)}')
     family = registry.find(component)
-    layout = registry.find_layout(component, source.tensors, where)
-    sizes = family.sizes(source.folder, source.tensors)
+    sizes = family.published_sizes(layout, source.folder, source.tensors)
     shapes = family.parameters(sizes)
-    found = match(layout.rules(sizes), source.tensors, shapes)
+    found = match(layout.rules(sizes), layout.taken(source.tensors), shapes)
     if not found.fits:
         lists = (
             f'{len(lines)} {title}: {"; ".join(lines[:5])}{" ..." if len(lines) > 5 else ""}'
             for title, lines in found.problems().items()
         )
         raise InputError(f'{where} does not fit its config.json: {". ".join(lists)}')
-    return layout, sizes, _typed(found.pieces, source, shapes, dtype), found
+    return sizes, _typed(found.pieces, source, shapes, dtype), found
 
 
 def _typed(pieces: Sequence[Piece], source: Source, shapes: Shapes, dtype: str | None) -> Shapes:

@@ -2,7 +2,19 @@
 
 from collections.abc import Collection
 
-from convert import dc_ae, flux, gemma2, qwen2_5_vl, sana, wan
+from convert import (
+    clip,
+    dc_ae,
+    flux,
+    flux_ae,
+    gemma2,
+    qwen2_5_vl,
+    sana,
+    t5,
+    umt5,
+    uniworld_connector,
+    wan,
+)
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
@@ -13,6 +25,11 @@ FAMILIES: dict[str, Family] = {
     'wan': wan.FAMILY,
     'dc_ae': dc_ae.FAMILY,
     'flux': flux.FAMILY,
+    'flux_ae': flux_ae.FAMILY,
+    'clip': clip.FAMILY,
+    'umt5': umt5.FAMILY,
+    't5': t5.FAMILY,  # after UMT5, which has all of its names
+    'uniworld_connector': uniworld_connector.FAMILY,
 }
 
 # Tensors that name a family without a table, for the message that says what a checkpoint is. The
@@ -28,14 +45,6 @@ STRANGERS = {
     'flux2 or chroma (native)': ('double_blocks.0.img_attn.qkv.weight',),
     'wan_vae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.gamma',),
     'wan_vae (native)': ('decoder.middle.1.to_qkv.weight',),
-    'flux_ae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.weight',),
-    'flux_ae (native)': ('encoder.down.0.block.0.norm1.weight',),
-    'clip': ('text_model.embeddings.token_embedding.weight',),
-    'clip (in memory)': ('embeddings.position_embedding.weight', 'final_layer_norm.weight'),
-    'umt5': ('encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight',),
-    'umt5 (native)': ('blocks.0.pos_embedding.embedding.weight',),
-    't5': ('encoder.block.0.layer.0.SelfAttention.q.weight',),
-    'uniworld_connector': ('denoise_tower.denoise_projector.0.weight',),
     'language model of the Llama or Qwen kind': ('model.layers.0.self_attn.q_proj.weight',),
 }
 

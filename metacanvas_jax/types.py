@@ -8,6 +8,7 @@
     3  the MRoPE axes t, h, w      F  pixel frames                      R  references; LoRA's rank
     I  pictures in a prompt        V  windows of a picture              P  patches of a window
     J  vision tokens of a prompt   X  values of a patch
+    b  rows of a table of biases, one for each range of distances between tokens (T5)
     U  tokens that a base system's own text encoder reads, of whose states the DiT gets L
 
 A name ends in the letters of its axes: `z_BTHWC` are latents, `t_BT` one time per latent frame.

@@ -1,4 +1,4 @@
-"""Softmax attention, with soft caps as Gemma-2's, and SANA's ReLU linear attention."""
+"""Softmax attention, also with Gemma-2's soft caps or T5's biases, and ReLU linear attention."""
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,29 @@ def attend_capped(q_BSNE, k_BLGE, v_BLGE, *, scale: float, cap: float, mask_BSL)
     logits = jnp.where(mask_BSL[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, -1).astype(q_BSNE.dtype)
     return rearrange(jnp.einsum('BGnSL,BLGE->BSGnE', weights, v_BLGE), 'B S G n E -> B S (G n) E')
+
+
+def attend_biased(q_BSNE, k_BLNE, v_BLNE, *, bias_NSL, length_B) -> jax.Array:
+    """softmax(q k^T + bias) v without a scale (T5); logits and softmax in fp32."""
+    return jax.nn.dot_product_attention(
+        q_BSNE,
+        k_BLNE,
+        v_BLNE,
+        bias=bias_NSL[None].astype(jnp.float32),
+        scale=1.0,
+        key_value_seq_lengths=length_B,
+        implementation='xla',  # cuDNN wants the bias in the dtype of q, and rounds it
+    )
+
+
+def attend_in_parts(q_BSNE, k_BLNE, v_BLNE, *, most: int = 1024) -> jax.Array:
+    """`attend` with `most` queries at a time, for heads that are too wide for a fused kernel.
+
+    The logits of a whole picture would be the largest array of an autoencoder by far.
+    """
+    q_SBNE = jnp.moveaxis(q_BSNE, 1, 0)
+    attended = lambda q_BNE: attend(q_BNE[:, None], k_BLNE, v_BLNE)[:, 0]
+    return jnp.moveaxis(jax.lax.map(attended, q_SBNE, batch_size=most), 0, 1)
 
 
 def split_heads(x, heads: int):

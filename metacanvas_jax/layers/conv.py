@@ -8,13 +8,26 @@ from metacanvas_jax.layers.linear import xavier
 
 
 class Conv(nnx.Module):
-    """k x k cross-correlation, zero padding of k // 2; `stride` 2 halves an even picture."""
+    """k x k cross-correlation; `stride` 2 halves an even picture.
 
-    def __init__(self, d_in: int, d_out: int, *, size: int, stride: int, bias: bool, rngs):
+    `pad` are the zeros before and after rows and columns: k // 2 each, unless given.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        size: int,
+        stride: int,
+        pad: tuple[int, int] | None = None,
+        bias: bool,
+        rngs: nnx.Rngs,
+    ):
         kernel = xavier(rngs.params(), (size, size, d_in, d_out))
         self.kernel = nnx.Param(kernel, axes=(None, None, 'channels', 'embed'))
         self.bias = nnx.Param(jnp.zeros(d_out), axes=('embed',)) if bias else None
-        self.stride = stride
+        self.stride, self.pad = stride, pad or (size // 2, size // 2)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x_BHWC.dtype)
@@ -22,7 +35,7 @@ class Conv(nnx.Module):
             x_BHWC,
             kernel,
             window_strides=(self.stride, self.stride),
-            padding=[(side // 2, side // 2) for side in kernel.shape[:2]],
+            padding=(self.pad, self.pad),
             dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         )
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -8,6 +8,7 @@ from metacanvas_jax.layers.linear import Linear, LoraConfig, xavier
 
 ACTIVATIONS = {
     'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+    'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
     'silu': jax.nn.silu,
 }
 

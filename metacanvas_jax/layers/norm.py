@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from einops import reduce, repeat
 from flax import nnx
 
 
@@ -87,6 +88,31 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = layer_norm(x.astype(jnp.float32), self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Over all pixels of a group of neighbouring channels, one picture at a time."""
+
+    def __init__(self, width: int, groups: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(None,))
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        y = x_BHWC.astype(jnp.float32)
+        y = y - _group_means(y, self.groups)
+        y = y * jax.lax.rsqrt(_group_means(jnp.square(y), self.groups) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x_BHWC.dtype)
+
+
+def _group_means(y_BHWC: jax.Array, groups: int) -> jax.Array:
+    """(B, 1, 1, C). Pixels first, channel by channel: twice as fast on CPU as groups at once.
+
+    Columns before rows: XLA adds one number after the other, and long sums lose digits.
+    """
+    y_BC = y_BHWC.mean(2).mean(1)
+    means = reduce(y_BC, 'B (g c) -> B g', 'mean', g=groups)
+    return repeat(means, 'B g -> B 1 1 (g c)', c=y_BC.shape[-1] // groups)
 
 
 def modulate(x, shift, scale):
