@@ -1,7 +1,6 @@
 """Our parameters -> published weights, in shards, with the published names."""
 
 import functools
-import json
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from flax import nnx
 
 from convert import registry
 from convert.family import Layout, parameters
-from convert.importing import SETTINGS, TOKENIZER
+from convert.importing import SETTINGS, TOKENIZER, write_config
 from convert.rules import Piece, Shapes, pieces, published_shapes
 from convert.shards import SHARD, Shards
 from convert.source import open_source
@@ -57,8 +56,7 @@ def export(
         return np.asarray(values[path] if index is None else values[path][index])
 
     with new_folder(pathlib.Path(target).absolute()) as partial:
-        text = json.dumps(sizes.to_json(), indent=2) + '\n'
-        (partial / 'config.json').write_text(text, encoding='utf-8')
+        write_config(sizes, partial)
         shapes = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in values.items()}
         _write(partial, chosen, sizes, shapes, get, SHARD)
 

@@ -19,6 +19,8 @@ class Layout:
     signs: tuple[str, ...]  # tensors that this layout has and, all together, no other one
     rules: Callable[[Any], list[Rule]]  # of the sizes
     file: str  # stem of the exported files
+    # Comes without a config.json: one beside it is another model's, and an import writes it.
+    bare: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,12 +53,16 @@ def import_weights(
 ) -> str:
     """Converts `source` into the folder `target`; returns a sentence about it."""
     opened = open_source(source)
-    _, shapes, found = _matched(component, opened, source, dtype)
-    copied = [opened.folder / name for name in SETTINGS if (opened.folder / name).is_file()]
+    sizes, shapes, found = _matched(component, opened, source, dtype)
+    bare = registry.find_layout(component, opened.tensors, source).bare
+    settings = [] if bare else [opened.folder / name for name in SETTINGS]
+    copied = [file for file in settings if file.is_file()]
     copied += _tokenizer(opened.folder, tokenizer)
     with new_folder(pathlib.Path(target).absolute()) as folder, _digests(opened.files) as digests:
         for file in copied:
             shutil.copyfile(file, folder / file.name)
+        if bare:
+            write_config(sizes, folder)
         writer = Writer(folder, shapes)
         for piece in found.pieces:
             _convert(piece, opened, writer.put)
@@ -75,6 +79,11 @@ def import_weights(
         (folder / 'conversion.json').write_text(text, encoding='utf-8')
     count = sum(shape.size for shape in shapes.values())
     return f'{target}: {len(opened.tensors)} tensors, {count} parameters, {", ".join(kinds)}'
+
+
+def write_config(sizes: Any, folder: pathlib.Path) -> None:
+    text = json.dumps(sizes.to_json(), indent=2) + '\n'
+    (folder / 'config.json').write_text(text, encoding='utf-8')
 
 
 def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from convert import dc_ae, gemma2, qwen2_5_vl, sana
+from convert import dc_ae, gemma2, qwen2_5_vl, sana, wan_vae
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
 
@@ -11,6 +11,7 @@ FAMILIES: dict[str, Family] = {
     'gemma2': gemma2.FAMILY,
     'sana': sana.FAMILY,
     'dc_ae': dc_ae.FAMILY,
+    'wan_vae': wan_vae.FAMILY,
 }
 
 # Tensors that name a family without a table, for the message that says what a checkpoint is. The
@@ -25,8 +26,8 @@ STRANGERS = {
     'sana_video': ('transformer_blocks.0.ff.conv_temp.weight',),
     'flux (diffusers)': ('transformer_blocks.0.attn.add_q_proj.weight',),
     'flux (native)': ('double_blocks.0.img_attn.qkv.weight',),
-    'wan_vae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.gamma',),
-    'wan_vae (native)': ('decoder.middle.1.to_qkv.weight',),
+    'the VAE of Wan2.1 (diffusers)': ('encoder.down_blocks.0.norm1.gamma',),
+    'the VAE of Wan2.1 (native)': ('encoder.downsamples.0.residual.0.gamma',),
     'flux_ae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.weight',),
     'flux_ae (native)': ('encoder.down.0.block.0.norm1.weight',),
     'clip': ('text_model.embeddings.token_embedding.weight',),

@@ -26,11 +26,17 @@ from metacanvas_jax.types import InputError
 from metacanvas_jax.vae.dc_ae import DcAe
 from metacanvas_jax.vae.dc_ae_config import DcAeConfig
 from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
+from metacanvas_jax.vae.wan_vae import WanVae
+from metacanvas_jax.vae.wan_vae_config import WanVaeConfig
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 
 BACKBONES = {'sana': (Sana, SanaConfig)}
-VAES = {'pixel': (PixelVae, PixelConfig), 'dc_ae': (DcAe, DcAeConfig)}
+VAES = {
+    'pixel': (PixelVae, PixelConfig),
+    'dc_ae': (DcAe, DcAeConfig),
+    'wan_vae': (WanVae, WanVaeConfig),
+}
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 
 # config.objective -> {config.weights.NAME: where its parameters stand in the model}

@@ -7,10 +7,16 @@ from flax import nnx
 
 
 class Vae(nnx.Module, abc.ABC):
-    """`stride` pixels per latent row and column, `channels` of the latents."""
+    """`stride` pixels per latent row and column, `channels` of the latents.
+
+    F = 1 + `time_stride` (T - 1) frames make T latent frames.
+    """
 
     stride: int
     channels: int
+    time_stride: int = 1
+    # Of the squares of pixels that its last layer makes: tiles fade by such squares.
+    patch: int = 1
 
     @abc.abstractmethod
     def encode(self, x_BFHWC: jax.Array) -> jax.Array:

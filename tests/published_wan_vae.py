@@ -1,0 +1,72 @@
+"""Tiny Wan2.2 VAEs as diffusers publishes them, and the native layout, with random weights."""
+
+import functools
+import pathlib
+import re
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+# Encoder and decoder differ in width; every level but one changes its channels.
+SIZES: dict[str, Any] = dict(
+    base_dim=4,
+    decoder_base_dim=6,
+    z_dim=5,
+    dim_mult=[1, 2, 4, 4],
+    num_res_blocks=2,
+    attn_scales=[],
+    temperal_downsample=[False, True, True],
+    dropout=0.0,
+    latents_mean=[-0.4, 0.3, -0.1, 0.05, 0.7],
+    latents_std=[0.5, 1.2, 0.8, 1.7, 0.4],
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_temporal=4,
+    scale_factor_spatial=16,
+)
+CONFIGS: dict[str, dict[str, Any]] = {
+    'published': SIZES,
+    # Other numbers wherever there may be others.
+    'other': SIZES
+    | dict(
+        base_dim=6,
+        decoder_base_dim=4,
+        dim_mult=[2, 4, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=3,
+        out_channels=3,
+        patch_size=1,
+        scale_factor_spatial=4,
+    ),
+}
+
+
+def randomise(module: torch.nn.Module, seed: int = 0) -> Any:
+    """Every parameter is random: the norms' of both signs, the others such that values keep size."""
+    generator = torch.Generator().manual_seed(seed)
+    gammas = {id(m.gamma) for m in module.modules() if isinstance(m, WanRMS_norm)}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if id(parameter) in gammas:
+                parameter.copy_(1 + noise)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(parameter[0].numel() ** -0.5 * noise)
+    return module.eval()
+
+
+@functools.cache
+def reference(name: str) -> Any:
+    return randomise(AutoencoderKLWan(**CONFIGS[name]))
+
+
+def save(folder: pathlib.Path, name: str) -> pathlib.Path:
+    reference(name).save_pretrained(folder)
+    return folder
