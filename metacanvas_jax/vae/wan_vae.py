@@ -271,9 +271,10 @@ class WanVae(Vae):
                 f"Wan's VAE takes 4 n + 1 frames of multiples of {self.stride} pixels, "
                 f'not {F} of {H} x {W}'
             )
-        return by_chunks(self._encode_chunk, x_BFHWC, take=self.time_stride, give=1)
+        return by_chunks(self.encode_chunk, x_BFHWC, take=self.time_stride, give=1)
 
-    def _encode_chunk(self, x_BFHWC, past: Past) -> jax.Array:
+    def encode_chunk(self, x_BFHWC, past: Past) -> jax.Array:
+        """The first frame, or a multiple of 4 frames."""
         # Trap: columns before rows, unlike anywhere else.
         pattern = 'B F (H p) (W q) C -> B F H W (C q p)'
         x = rearrange(x_BFHWC.astype(self.dtype), pattern, p=self.patch, q=self.patch)
@@ -283,9 +284,10 @@ class WanVae(Vae):
 
     def decode(self, z_BTHWC):
         """Not cut to [-1, 1] as diffusers does it: tiles fade into each other first."""
-        return by_chunks(self._decode_chunk, z_BTHWC, take=1, give=self.time_stride)
+        return by_chunks(self.decode_chunk, z_BTHWC, take=1, give=self.time_stride)
 
-    def _decode_chunk(self, z_BTHWC, past: Past) -> jax.Array:
+    def decode_chunk(self, z_BTHWC, past: Past) -> jax.Array:
+        """The first latent frame, or any number of them."""
         mean, std = jnp.asarray(self.config.latents_mean), jnp.asarray(self.config.latents_std)
         z = (z_BTHWC.astype(jnp.float32) * std + mean).astype(self.dtype)
         x = self.decoder(self.post_quant_conv(z), past)
