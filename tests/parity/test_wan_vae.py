@@ -22,6 +22,7 @@ from einops import rearrange, reduce, repeat
 from flax import nnx
 
 import convert
+from convert import registry
 from metacanvas_jax.layers.norm import LengthNorm
 from metacanvas_jax.types import InputError
 from metacanvas_jax.vae.chunks import Past, by_chunks
@@ -206,6 +207,7 @@ def test_decoder(name):
     found = decode(ours(name), normalised(name, z))
     assert found.shape == pixels(name, 21, SIZES[name]).shape
     assert found.dtype == jnp.float32
+    assert np.abs(found).max() > 1.1  # diffusers cuts to [-1, 1]; here tiles can fade first
     alone = decode(ours(name), normalised(name, z[:, :1]))
     for frames in FRAMES:
         expected = decoded(theirs(name), z[:, : (frames + 3) // 4])
@@ -213,14 +215,6 @@ def test_decoder(name):
         assert tiny.error(jnp.clip(found[:, :frames], -1, 1), expected) <= 1e-4, frames
         if frames == 1:
             assert tiny.error(jnp.clip(alone, -1, 1), expected) <= 1e-4
-
-
-def test_pixels_are_not_cut():
-    """diffusers cuts them to [-1, 1]; here tiles can still fade into each other."""
-    z = latents('small', 1, (2, 3))
-    found, expected = decode(ours('small'), normalised('small', z)), decoded(theirs('small'), z)
-    assert np.abs(found).max() > 1.2
-    assert tiny.error(jnp.clip(found, -1, 1), expected) <= 1e-4
 
 
 def test_chunks_do_not_show():
@@ -264,7 +258,7 @@ def test_in_bfloat16():
     """No further from fp32 than the reference, whose norms and softmax compute in fp32 too."""
     x, z = pixels('small', 5, (2, 3)), latents('small', 2, (2, 3))
     vae, reference = ours('small'), theirs('small')
-    graphdef, _ = nnx.split(WanVae(vae.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graphdef, _ = nnx.split(registry.find('wan_vae').abstract(vae.config, jnp.bfloat16))
     half = nnx.merge(graphdef, jax.tree.map(lambda a: a.astype(jnp.bfloat16), nnx.state(vae)))
     rounded = copy.deepcopy(reference).bfloat16()
     with torch.no_grad():
