@@ -40,7 +40,7 @@ def planned_memory() -> dict[str, Any]:
     found = {}
     for frames in FRAMES:
         z = jax.ShapeDtypeStruct((1, (frames + 3) // 4, 44, 80, vae.channels), jnp.float32)
-        analysis = decode.lower(half, z).compile().memory_analysis()
+        analysis: Any = decode.lower(half, z).compile().memory_analysis()
         found[str(frames)] = round(analysis.temp_size_in_bytes / 1e9, 3)
     few, many = found.values()
     return {'temporary_gb': found, 'more_frames_over_few': round(many / few, 3), 'allowed': 1.15}
