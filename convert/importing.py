@@ -63,8 +63,7 @@ def import_weights(
         for file in copied:
             shutil.copyfile(file, folder / file.name)
         if layout.sizes is not None:
-            text = json.dumps(sizes.to_json(), indent=2) + '\n'
-            (folder / 'config.json').write_text(text, encoding='utf-8')
+            write_config(sizes, folder)
         writer = Writer(folder, shapes)
         for piece in found.pieces:
             _convert(piece, opened, writer.put)
@@ -81,6 +80,11 @@ def import_weights(
         (folder / 'conversion.json').write_text(text, encoding='utf-8')
     count = sum(shape.size for shape in shapes.values())
     return f'{target}: {len(opened.tensors)} tensors, {count} parameters, {", ".join(kinds)}'
+
+
+def write_config(sizes: Any, folder: pathlib.Path) -> None:
+    text = json.dumps(sizes.to_json(), indent=2) + '\n'
+    (folder / 'config.json').write_text(text, encoding='utf-8')
 
 
 def load(component: str, path: str, *, dtype: str | None = None) -> nnx.Module:

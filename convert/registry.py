@@ -14,6 +14,7 @@ from convert import (
     umt5,
     uniworld_connector,
     wan,
+    wan_vae,
 )
 from convert.family import Family, Layout
 from metacanvas_jax.types import InputError
@@ -24,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     'sana': sana.FAMILY,
     'wan': wan.FAMILY,
     'dc_ae': dc_ae.FAMILY,
+    'wan_vae': wan_vae.FAMILY,
     'flux': flux.FAMILY,
     'flux_ae': flux_ae.FAMILY,
     'clip': clip.FAMILY,
@@ -43,8 +45,8 @@ STRANGERS = {
     'sana (native)': ('blocks.0.mlp.inverted_conv.conv.weight',),
     'sana_video': ('transformer_blocks.0.ff.conv_temp.weight',),
     'flux2 or chroma (native)': ('double_blocks.0.img_attn.qkv.weight',),
-    'wan_vae (diffusers)': ('encoder.down_blocks.0.resnets.0.norm1.gamma',),
-    'wan_vae (native)': ('decoder.middle.1.to_qkv.weight',),
+    'the VAE of Wan2.1 (diffusers)': ('encoder.down_blocks.0.norm1.gamma',),
+    'the VAE of Wan2.1 (native)': ('encoder.downsamples.0.residual.0.gamma',),
     'language model of the Llama or Qwen kind': ('model.layers.0.self_attn.q_proj.weight',),
 }
 

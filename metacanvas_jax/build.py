@@ -34,13 +34,15 @@ from metacanvas_jax.text_encoders import gemma2
 from metacanvas_jax.text_encoders.base import CachedStates
 from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config
 from metacanvas_jax.types import InputError
-from metacanvas_jax.vae import dc_ae_config, flux_ae_config
+from metacanvas_jax.vae import dc_ae_config, flux_ae_config, wan_vae_config
 from metacanvas_jax.vae.base import CachedConfig, CachedLatents
 from metacanvas_jax.vae.dc_ae import DcAe
 from metacanvas_jax.vae.dc_ae_config import DcAeConfig
 from metacanvas_jax.vae.flux_ae import FluxAe
 from metacanvas_jax.vae.flux_ae_config import FluxAeConfig
 from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
+from metacanvas_jax.vae.wan_vae import WanVae
+from metacanvas_jax.vae.wan_vae_config import WanVaeConfig
 
 ASSETS = pathlib.Path(__file__).parent / 'assets'
 
@@ -69,6 +71,7 @@ VAES = {
     'pixel': Part(PixelVae, PixelConfig),
     'dc_ae': Part(DcAe, DcAeConfig, dc_ae_config.PRESETS, dc_ae_config.read_config),
     'flux_ae': Part(FluxAe, FluxAeConfig, read_config=flux_ae_config.read_config),
+    'wan_vae': Part(WanVae, WanVaeConfig, read_config=wan_vae_config.read_config),
     'cached': Part(CachedLatents, CachedConfig),
 }
 TEXT_ENCODERS = {

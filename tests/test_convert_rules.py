@@ -156,6 +156,7 @@ LOOKS = {
     'blocks.0.cross_attn.norm_k.weight': 'wan (native)',
     'encoder.down_blocks.0.resnets.0.norm1.weight': 'flux_ae (diffusers)',
     'encoder.down_blocks.0.resnets.0.norm1.gamma': 'wan_vae (diffusers)',
+    'encoder.downsamples.0.residual.0.gamma': 'VAE of Wan2.1',
     'encoder.block.0.layer.0.SelfAttention.q.weight': 't5',
     'model.layers.0.self_attn.q_proj.weight': 'language model',
 }

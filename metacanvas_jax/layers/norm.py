@@ -35,6 +35,19 @@ class BiasedRmsNorm(nnx.Module):
         return rms_norm(x, self.eps) * scale + bias
 
 
+class LengthNorm(nnx.Module):
+    """x sqrt(D) / max(|x|, 1e-12) * scale: an RMS norm without an epsilon (that of Wan's VAE)."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        length = jnp.sqrt(jnp.square(y).sum(-1, keepdims=True))
+        y = y * (x.shape[-1] ** 0.5 / jnp.maximum(length, 1e-12))
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
 class FrozenBatchNorm(nnx.Module):
     """A BatchNorm2d that has been trained: an affine map by the statistics it remembers."""
 

@@ -10,12 +10,14 @@ from flax import nnx
 class Vae(nnx.Module, abc.ABC):
     """`stride` pixels per latent row and column, `channels` of the latents.
 
-    A video's first frame is a latent frame, and so are each `time_stride` frames after it.
+    F = 1 + `time_stride` (T - 1) frames make T latent frames.
     """
 
     stride: int
     channels: int
     time_stride: int = 1
+    # Of the squares of pixels that its last layer makes: tiles fade by such squares.
+    patch: int = 1
 
     @abc.abstractmethod
     def encode(self, x_BFHWC: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Large pictures through an autoencoder in overlapping tiles, as diffusers' tiled_decode does it.
 
-A tile fades into the one above it, then into the one to its left, linearly over their overlap.
+A tile fades into the one above it, then into the one to its left, linearly over their overlap, in
+steps of the squares of pixels that the autoencoder makes.
 """
 
 import collections
@@ -39,17 +40,20 @@ class TiledVae(Vae):
                 )
         self.vae, self.tiles = vae, tiles
         self.stride, self.channels = vae.stride, vae.channels
+        self.time_stride, self.patch = vae.time_stride, vae.patch
 
     def encode(self, x_BFHWC):
         latents = self.tiles.in_latents(self.stride)
-        return _by_tiles(self.vae.encode, x_BFHWC, self.tiles, latents)
+        return _by_tiles(self.vae.encode, x_BFHWC, self.tiles, latents, patch=1)
 
     def decode(self, z_BTHWC):
         latents = self.tiles.in_latents(self.stride)
-        return _by_tiles(self.vae.decode, z_BTHWC, latents, self.tiles)
+        return _by_tiles(self.vae.decode, z_BTHWC, latents, self.tiles, patch=self.patch)
 
 
-def _by_tiles(function: Callable, x_BFHWC, source: Tiles, target: Tiles) -> jax.Array:
+def _by_tiles(
+    function: Callable, x_BFHWC, source: Tiles, target: Tiles, *, patch: int
+) -> jax.Array:
     """`source` are the tiles of x, `target` those of the result."""
     sides = x_BFHWC.shape[2:4]
     if all(side <= size for side, size in zip(sides, source.size, strict=True)):
@@ -59,9 +63,11 @@ def _by_tiles(function: Callable, x_BFHWC, source: Tiles, target: Tiles) -> jax.
     overlap = [size - step for size, step in zip(target.size, target.step, strict=True)]
     for i, j in tiles:
         if i:
-            tiles[i, j] = _fade(tiles[i - source.step[0], j], tiles[i, j], overlap[0], axis=2)
+            above = tiles[i - source.step[0], j]
+            tiles[i, j] = _fade(above, tiles[i, j], overlap[0], axis=2, patch=patch)
         if j:
-            tiles[i, j] = _fade(tiles[i, j - source.step[1]], tiles[i, j], overlap[1], axis=3)
+            left = tiles[i, j - source.step[1]]
+            tiles[i, j] = _fade(left, tiles[i, j], overlap[1], axis=3, patch=patch)
     height, width = target.step
     rows = [[tiles[i, j][:, :, :height, :width] for j in right] for i in down]
     return jnp.concatenate([jnp.concatenate(row, 3) for row in rows], 2)
@@ -84,10 +90,11 @@ def _run(function: Callable, x_BFHWC, size, starts: list[tuple[int, int]]) -> di
     return {start: results[start] for start in starts}
 
 
-def _fade(before, after, overlap: int, *, axis: int) -> jax.Array:
+def _fade(before, after, overlap: int, *, axis: int, patch: int) -> jax.Array:
     """`after`, whose first rows or columns come gradually out of the last ones of `before`."""
     overlap = min(before.shape[axis], after.shape[axis], overlap)
     last = jax.lax.slice_in_dim(before, before.shape[axis] - overlap, None, axis=axis)
     first, rest = jnp.split(after, [overlap], axis)
-    weight = (jnp.arange(overlap) / overlap).reshape(-1, *(1,) * (after.ndim - 1 - axis))
+    place = jnp.arange(overlap) // patch * patch
+    weight = (place / overlap).reshape(-1, *(1,) * (after.ndim - 1 - axis))
     return jnp.concatenate([last * (1 - weight) + first * weight, rest], axis)
