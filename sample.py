@@ -35,7 +35,7 @@ flags.DEFINE_string('prompts', None, f'A .jsonl of prompt, id, seed; or of {", "
 flags.DEFINE_bool('check', default=False, help='Only says what the folder of a benchmark lacks.')
 flags.DEFINE_integer('processes', 1, 'Of so many, each draws its share of a benchmark.')
 flags.DEFINE_integer('process', 0, 'Which one this is, from 0.')
-flags.DEFINE_string('negative_prompt', '', 'What guidance steers away from.')
+flags.DEFINE_string('negative_prompt', None, 'What guidance steers away from.')
 flags.DEFINE_string('task', None, 'Inferred from the inputs where it is not given.')
 flags.DEFINE_integer('seed', 0, 'Picture i of a run has the noise fold_in(key(seed), i).')
 flags.DEFINE_integer('num_images', None, 'How many pictures of the prompt: 1; of a benchmark, 4.')

@@ -5,6 +5,9 @@
     python sample.py --config configs/base.py:sana --config.weights.backbone=DIR \\
         --config.weights.vae=DIR --config.weights.text_encoder=DIR --prompt TEXT --output FILE.png
 
+    python sample.py --config configs/base.py:wan ... --prompt TEXT [--image FILE] \\
+        --output FILE.mp4
+
 Each DIR is what `python -m convert import` wrote; it says how large the model is.
 """
 
@@ -65,7 +68,36 @@ def sana() -> ConfigDict:
     return config
 
 
-VARIANTS = {'qwen': qwen, 'sana': sana}
+# Of Wan's own shared_config.py; its commas are wide.
+# ruff: noqa: RUF001
+WAN_NEGATIVE = (
+    '色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，'
+    '丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，'
+    '杂乱的背景，三条腿，背景人很多，倒着走'
+)
+
+
+def wan() -> ConfigDict:
+    """Wan2.2-TI2V-5B, text (and with --image its first frame) to video: UMT5, 50 steps of UniPC."""
+    config = ConfigDict()
+    config.objective = 'flow'
+    config.seed = 0
+    config.dtype = 'bfloat16'
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.weights = dict(backbone=None, vae=None, text_encoder=None)
+    config.trainable = ()
+    config.text_encoder = dict(kind='umt5', size=None, tokenizer=None, tokens=512)
+    config.context = dict(kind='encoder')
+    config.backbone = dict(kind='wan', size=None, remat='none')
+    config.vae = dict(kind='wan_vae', size=None)
+    config.data = dict(height=704, width=1280, frames=121, fps=24.0, text_dropout=0.0)
+    config.sample = dict(
+        solver='unipc', steps=50, shift=5.0, guidance=5.0, negative_prompt=WAN_NEGATIVE
+    )
+    return config
+
+
+VARIANTS = {'qwen': qwen, 'sana': sana, 'wan': wan}
 
 
 def get_config(variant: str) -> ConfigDict:

@@ -24,15 +24,17 @@ from metacanvas_jax.canvas.queries import MetaQueries, NoQueries, QueryConfig
 from metacanvas_jax.data.prompts import ChatTokenizer
 from metacanvas_jax.data.sana_prompts import READS
 from metacanvas_jax.data.tasks import Encoder, Readers, TextTokenizer
+from metacanvas_jax.data.wan_prompts import WanTokenizer
 from metacanvas_jax.layers.linear import LoraConfig
 from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.mllm import config as mllm_presets
 from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.mllm.windows import VisionBuckets
-from metacanvas_jax.text_encoders import gemma2
+from metacanvas_jax.text_encoders import gemma2, t5
 from metacanvas_jax.text_encoders.base import CachedStates
 from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config
+from metacanvas_jax.text_encoders.t5 import T5, T5Config
 from metacanvas_jax.types import InputError
 from metacanvas_jax.vae import dc_ae_config, flux_ae_config, wan_vae_config
 from metacanvas_jax.vae.base import CachedConfig, CachedLatents
@@ -76,6 +78,7 @@ VAES = {
 }
 TEXT_ENCODERS = {
     'gemma2': Part(Gemma2, Gemma2Config, gemma2.PRESETS, gemma2.read_config),
+    'umt5': Part(T5, T5Config, read_config=t5.read_config),
     'cached': Part(CachedStates, dict),
 }
 PARTS = {
@@ -184,12 +187,22 @@ def build_encoder(config: ConfigDict) -> Encoder:
     )
 
 
-def build_text_tokenizer(config: ConfigDict) -> TextTokenizer:
-    group = config.text_encoder
+def _sana_tokenizer(group: ConfigDict, folder: pathlib.Path) -> TextTokenizer:
     kind = choose(READS, group.reads, 'config.text_encoder.reads')
     options = {} if group.instruction else {'instruction': ''}
-    folder = _tokenizer(config, 'text_encoder', 'text_encoder')
     return kind(folder, size=group.tokens, **options)
+
+
+# config.text_encoder.kind -> its host side
+TEXT_TOKENIZERS = {
+    'gemma2': _sana_tokenizer,
+    'umt5': lambda group, folder: WanTokenizer(folder, size=group.tokens),
+}
+
+
+def build_text_tokenizer(config: ConfigDict) -> TextTokenizer:
+    folder = _tokenizer(config, 'text_encoder', 'text_encoder')
+    return TEXT_TOKENIZERS[config.text_encoder.kind](config.text_encoder, folder)
 
 
 def _tokenizer(config: ConfigDict, group: str, name: str) -> pathlib.Path:

@@ -104,7 +104,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str = '',
+        negative_prompt: str | None = None,
         seed: int = 0,
         num_images: int = 1,
         steps: int | None = None,
@@ -151,7 +151,7 @@ class Pipeline:
         *,
         indices: Sequence[int],
         seed: int,
-        negative_prompt: str = '',
+        negative_prompt: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         size: tuple[int | None, int | None] = (None, None),
@@ -172,7 +172,8 @@ class Pipeline:
         given, clean_BT = self._given_frames(first, len(prompts), latents)
         default = self.config.sample
         guidance = default.guidance if guidance is None else guidance
-        prompt, negative = self._pair(prompts, negative_prompt, indices, seed)
+        against = default.get('negative_prompt') if negative_prompt is None else negative_prompt
+        prompt, negative = self._pair(prompts, against or '', indices, seed)
         solver = choose(SOLVERS, default.solver, 'config.sample.solver')
         z = self._solve(
             self._state,

@@ -41,7 +41,7 @@ class Pipe:
         self.batches, self.stop = 0, stop
 
     def sample(self, prompts, *, indices, seed, **settings):
-        assert settings.keys() == {'negative_prompt', 'steps', 'guidance', 'size'}
+        assert settings.keys() == {'negative_prompt', 'frames', 'steps', 'guidance', 'size'}
         if self.batches == self.stop:
             raise KeyboardInterrupt
         self.batches += 1

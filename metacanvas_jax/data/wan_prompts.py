@@ -38,6 +38,13 @@ class WanTokenizer:
     def __init__(self, directory: str | pathlib.Path, *, size: int = SIZE):
         self.umt5 = t5_tokenizer(directory, reader='Wan by its UMT5', size=size)
 
+    def prompt(self, text: str) -> str:
+        return text
+
+    def negative(self, text: str) -> str:
+        """Read as any other."""
+        return text
+
     def batch(self, texts: Sequence[str]) -> EncoderPrompt:
         ids_BU, length_B = self.umt5.batch([clean(text) for text in texts])
         taken_BL = np.broadcast_to(np.arange(ids_BU.shape[1], dtype=np.int32), ids_BU.shape)

@@ -24,7 +24,8 @@ from metacanvas_jax.layers.mlp import ACTIVATIONS
 from metacanvas_jax.layers.norm import RmsNorm
 from metacanvas_jax.layers.stack import scan, stack
 from metacanvas_jax.sharding import BATCH_AXES, constrain
-from metacanvas_jax.types import EncoderPrompt, InputError
+from metacanvas_jax.text_encoders.base import TextEncoder
+from metacanvas_jax.types import EncoderPrompt, EncoderStates, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Block(nnx.Module):
         return x_BLD + self.feed_forward(self.feed_forward_norm(x_BLD))
 
 
-class T5(nnx.Module):
+class T5(TextEncoder):
     """Frozen wherever it is used: nothing of a layer is kept for a backward pass."""
 
     def __init__(self, config: T5Config, *, dtype, rngs: nnx.Rngs):
@@ -209,11 +210,12 @@ class T5(nnx.Module):
         valid_BL = jnp.arange(L) < jnp.asarray(length_B)[:, None]
         return jnp.where(valid_BL[..., None], x_BLD, 0)
 
-    def context(self, prompt: EncoderPrompt):
-        """What the DiT gets of a prompt: states (B, L, D) and their true lengths."""
+    def context(self, prompt: EncoderPrompt) -> EncoderStates:
+        """What the DiT gets of a prompt."""
         states_BUD = self(prompt.ids_BU, prompt.length_B)
         taken_BL1 = jnp.asarray(prompt.taken_BL)[..., None]
-        return jnp.take_along_axis(states_BUD, taken_BL1, 1), prompt.context_length_B
+        states_BLD = jnp.take_along_axis(states_BUD, taken_BL1, 1)
+        return EncoderStates(states_BLD=states_BLD, length_B=prompt.context_length_B)
 
 
 # ---------------------------------------------------------------- config.json
