@@ -56,7 +56,7 @@ AES = {
 def autoencoder(name: str) -> Any:
     config = AES[name]
     stages = len(config['block_out_channels'])
-    model = AutoencoderKL(
+    model: Any = AutoencoderKL(
         down_block_types=('DownEncoderBlock2D',) * stages,
         up_block_types=('UpDecoderBlock2D',) * stages,
         **config,
