@@ -65,7 +65,7 @@ velocity = jax.jit(
 
 def test_a_new_canvas_changes_no_bit():
     model = _model()
-    made, plain = plan(model, tiny.prompt()), patchify(model, VISUAL)
+    made, plain = plan(model, tiny.texts()), patchify(model, VISUAL)
     fused = fuse(model, plain, made)
     np.testing.assert_array_equal(fused.target_BThwD, plain.target_BThwD)
     expected = velocity(model, plain, made)
@@ -77,7 +77,7 @@ def test_a_new_canvas_changes_no_bit():
 
 def test_a_trained_canvas_acts_on_noisy_frames_alone():
     model = _model(zero=())
-    made, plain = plan(model, tiny.prompt()), patchify(model, VISUAL)
+    made, plain = plan(model, tiny.texts()), patchify(model, VISUAL)
     fused = fuse(model, plain, made)
     assert plain.extra.shape == (2, 2, H // 2, W // 2, 64)
     np.testing.assert_array_equal(fused.extra, plain.extra)
@@ -92,7 +92,7 @@ def test_the_canvas_is_told_the_time_of_noisy_frames():
     """That of a sample's last frame; references and given frames are at 0 and come first."""
     model = _model(zero=())
     features = jax.jit(lambda t_BT: model.canvas.fusion.features(patches, canvas, t_BT))
-    patches, canvas = patchify(model, VISUAL), plan(model, tiny.prompt()).canvas
+    patches, canvas = patchify(model, VISUAL), plan(model, tiny.texts()).canvas
     mixed, scalar = features(TIMES), features(jnp.broadcast_to(TIMES[:, -1:], (2, T)))
     np.testing.assert_array_equal(mixed, scalar)
     assert tiny.error(features(TIMES + 0.01), scalar) > 1e-4
@@ -102,7 +102,7 @@ def test_the_canvas_is_told_the_time_of_noisy_frames():
 def test_all_that_is_seen_matters(part):
     """And no reference is where another one was."""
     model = _model()
-    made = plan(model, tiny.prompt())
+    made = plan(model, tiny.texts())
     found = []
     for change in (lambda a: a, lambda a: a.at[0].set(a[0, ::-1])):
         visual = VISUAL.replace(**{part: change(getattr(VISUAL, part))})
@@ -114,7 +114,7 @@ def test_all_that_is_seen_matters(part):
 def test_every_parameter_of_the_backbone_learns():
     """From noised frames alone, with all that it can see."""
     model = _model()
-    made = plan(model, tiny.prompt())
+    made = plan(model, tiny.texts())
 
     @jax.jit
     @jax.grad

@@ -21,10 +21,10 @@ class PaddedTokenizer:
         self._tokenizer, self._reader, self._size = tokenizer, reader, size
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        ids = tokenizer.token_to_id(pad), tokenizer.token_to_id(end)
-        if None in ids:
+        padding, ending = (tokenizer.token_to_id(token) for token in (pad, end))
+        if padding is None or ending is None:
             raise InputError(f'the tokenizer of {reader} lacks {pad} or {end}')
-        self._pad, self._end = (int(token) for token in ids if token is not None)
+        self._pad, self._end = padding, ending
         if (empty := self._ids(''))[-1:] != [self._end]:
             raise InputError(f'the tokenizer of {reader} ends an empty text as {empty}, not {end}')
         self._lock = threading.Lock()

@@ -247,7 +247,7 @@ def test_the_canvas_touches_the_target_alone():
 
     @jax.jit
     def run(model):
-        plan = model.plan(tiny.prompt(), (1, 6, 10))
+        plan = model.plan(tiny.texts(), (1, 6, 10))
         plain = model.backbone.patchify(Z, visual)
         fused = model.canvas.fusion.after_patchify(
             plain, plan.canvas, TIME[:, None], visual.clean_BT

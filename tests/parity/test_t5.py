@@ -139,7 +139,8 @@ def test_what_the_dit_gets():
         taken_BL=np.tile(np.arange(8), (3, 1)),
         context_length_B=np.full(3, 8),
     )
-    context, length_B = jax.jit(lambda model, prompt: model.context(prompt))(ours('umt5'), prompt)
+    found = jax.jit(lambda model, prompt: model.context(prompt))(ours('umt5'), prompt)
+    context, length_B = found.states_BLD, found.length_B
     assert tiny.error(context[VALID[:, :8]], states('umt5')[:, :8][VALID[:, :8]]) <= 1e-4
     assert not np.any(context[1, 7])
     assert length_B.tolist() == [8, 8, 8]
