@@ -27,6 +27,16 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_cache()))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
 
+@pytest.fixture
+def quick_compiles():
+    """For programs of which speed is not at stake."""
+    import jax
+
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     words = config.option.markexpr.replace('not gpu', '').split()
     if 'gpu' not in words:

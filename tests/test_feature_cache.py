@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-import train
 from configs import sana_t2i
 from metacanvas_jax.build import build_model
 from metacanvas_jax.caching import fill, from_cache, open_caches
@@ -20,6 +19,7 @@ from metacanvas_jax.types import InputError
 from metacanvas_jax.vae.dc_ae import DcAe
 from tests import tiny
 from tests.parity import test_dc_ae as dc_ae
+from tests.test_bad_input import script
 from tests.test_captioned import picture, shards
 from tests.test_resume import arrays
 from tests.test_sana_configs import shrink
@@ -55,9 +55,11 @@ def config_of(tars: pathlib.Path, tokenizer: pathlib.Path, cache: pathlib.Path |
     return config
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(train, 'make_mesh', lambda **_: tiny.one_device())
+@pytest.fixture
+def train(monkeypatch, quick_compiles):
+    with script('train') as module:
+        monkeypatch.setattr(module, 'make_mesh', lambda **_: tiny.one_device())
+        yield module
 
 
 def losses(workdir: pathlib.Path) -> np.ndarray:
@@ -65,7 +67,7 @@ def losses(workdir: pathlib.Path) -> np.ndarray:
     return np.array([json.loads(line)['loss'] for line in lines])
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> np.ndarray:
+def run(train, config: ConfigDict, workdir: pathlib.Path) -> np.ndarray:
     workdir.mkdir(exist_ok=True)
     train.train(config, workdir)
     return losses(workdir)
@@ -75,9 +77,9 @@ def never(*_, **__):
     raise AssertionError('an encoder was used')
 
 
-def test_a_run_from_the_cache(tars, tokenizer, tmp_path, monkeypatch, capfd):
+def test_a_run_from_the_cache(train, tars, tokenizer, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(feature_cache, 'SHARD', 5)
-    plain = run(config_of(tars, tokenizer, None), tmp_path / 'plain')
+    plain = run(train, config_of(tars, tokenizer, None), tmp_path / 'plain')
     told = capfd.readouterr().err
     assert told.count('broken sample') == 3
     for name in ('900', '901', '902'):
@@ -95,15 +97,15 @@ def test_a_run_from_the_cache(tars, tokenizer, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setattr(Gemma2, 'context', never)
     monkeypatch.setattr(DcAe, 'encode', never)
-    stored = run(cached, tmp_path / 'stored')
+    stored = run(train, cached, tmp_path / 'stored')
     assert len(plain) == len(stored) == STEPS
     np.testing.assert_allclose(stored, plain, rtol=1e-5)
 
     requested = Preemption.requested
     monkeypatch.setattr(Preemption, 'requested', lambda self, step: step == 17)
-    run(cached, tmp_path / 'stopped')
+    run(train, cached, tmp_path / 'stopped')
     monkeypatch.setattr(Preemption, 'requested', requested)
-    resumed = run(cached, tmp_path / 'stopped')
+    resumed = run(train, cached, tmp_path / 'stopped')
     np.testing.assert_array_equal(resumed, stored)
     ours, theirs = arrays(tmp_path / 'stopped'), arrays(tmp_path / 'stored')
     assert ours.keys() == theirs.keys()

@@ -215,7 +215,7 @@ def test_prompts_end_with_the_end_and_pad_on_the_right():
 def test_weights_cover_the_response_and_its_end(published, task):
     records = [SOURCES['shapes_text'](Data)[task][i] for i in range(6)]
     records.append(TextRecord('a question', '', records[0].pictures))
-    batch = text_batch(task, records, np.zeros(len(records)), encoder())
+    batch = text_batch(encoder(), task, records, np.zeros(len(records)))
     assert (batch.prompt.vision is None) == (task == 'dialogue')
     assert set(np.unique(batch.weight_BL)) == {0, 1}
     for record, ids, weight in zip(records, batch.prompt.ids_BL, batch.weight_BL, strict=True):
