@@ -24,7 +24,7 @@ from convert.checking import check_manifest
 from convert.exporting import export_weights
 from convert.family import parameters
 from convert.importing import import_weights
-from metacanvas_jax.build import weights_folder
+from metacanvas_jax.build import shipped
 from metacanvas_jax.mllm.positions import prefix_positions
 from metacanvas_jax.types import InputError
 from metacanvas_jax.weights import load_weights
@@ -283,9 +283,9 @@ def test_a_module_there_and_back(tied, tmp_path):
 
 
 def test_the_shipped_weights_are_exported(tmp_path):
-    shipped = weights_folder('tiny_qwen')
-    export_weights(QWEN, str(shipped), str(tmp_path / 'out'))
-    ours, theirs = load_weights(shipped), published.tensors(tmp_path / 'out')
+    folder = shipped('tiny_qwen')
+    export_weights(QWEN, str(folder), str(tmp_path / 'out'))
+    ours, theirs = load_weights(folder), published.tensors(tmp_path / 'out')
     np.testing.assert_array_equal(
         theirs['model.layers.2.mlp.up_proj.weight'], ours['language/layers/mlp/up_proj/kernel'][2].T
     )
