@@ -319,6 +319,8 @@ class Pipeline:
         given = np.zeros((batch, *latents, self._vae.channels), np.float32)
         clean_BT = np.zeros((batch, T), np.float32)
         if first is not None:
+            if self._vae.time_stride == 1:
+                raise InputError('this system draws from text alone: give a prompt without image')
             if T == 1:
                 raise InputError('a picture has no first frame; ask for several frames')
             pixels = cover(first, H * self._vae.stride, W * self._vae.stride)

@@ -49,7 +49,9 @@ ROWS = {  # what learns at full size: spec.md sections 3.9, 4 and 5.1
 }
 # As far as a tiny run goes, these are others of the rows, or parts of them.
 SAME = {('ablations', 'full'), ('ablations', 'baseline'), ('lora', 'canvas')}
-SAME |= {('lora', 'text_positions')}
+SAME |= {('lora', 'text_positions'), ('t2i', 'text_metaquery')}
+# And these train in test_sizes.py.
+SAME |= {('ablations', 'no_dit_block'), ('ablations', 'no_vanilla_block')}
 MODULES = {'t2i': sana_t2i, 'ablations': sana_ablations, 'lora': sana_lora}
 STEPS = 20
 
@@ -119,7 +121,7 @@ def shrink(config: ConfigDict, tokenizer: pathlib.Path) -> ConfigDict:
     config.weights = dict.fromkeys(config.weights, 'random')
     config.weights.backbone = None if lora.rank == 0 else 'random'
     if 'mllm' in config:
-        config.mllm.size = 'tiny'
+        config.mllm.update(size='tiny', remat='none')
         config.mllm.lora.rank = min(config.mllm.lora.rank, 2)
         config.prompt.update(tokenizer='tiny_qwen', buckets=(64,), max_text=16)
     if 'text_encoder' in config:

@@ -113,13 +113,15 @@ def test_pictures_of_the_whole_pipeline(pipeline, tmp_path):
     ('args', 'message'),
     [
         (['--height=66'], r'height 66 is not a multiple of 4 \(nearest: 64\)'),
-        (['--image=a.png'], r'--image and --video go with --task describe'),
+        (['--image=HERE/a.png'], r'this system draws from text alone: give a prompt without image'),
         (['--canvas_map=map.png'], r'--canvas_map: this model has no canvas'),
         (['--task=describe'], r'this system has no MLLM to ask'),
     ],
 )
 def test_bad_input(pipeline, tmp_path, run, args, message):  # noqa: F811
     _, flags = pipeline
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+    args = [word.replace('HERE', str(tmp_path)) for word in args]
     asked = ['--prompt=a cat', f'--output={tmp_path / "out.png"}', *args]
     code, stderr = run('sample', '--config=configs/base.py:sana', *flags, *asked)
     assert_one_line(code, stderr, message)
