@@ -51,7 +51,8 @@ def _open(config: ConfigDict, task: str, source: Any) -> FeatureCache:
             weights = f'seed {config.seed}' if folder is None else fingerprint(folder)
             key[name] = {'sizes': repr(part_sizes(config, name)), 'weights': weights}
     if 'text_encoder' in config:
-        key['text'] = {k: config.text_encoder[k] for k in ('tokens', 'instruction', 'reads')}
+        reads = ('tokens', 'instruction', 'reads')
+        key['text'] = {k: config.text_encoder[k] for k in reads if k in config.text_encoder}
     return FeatureCache(config.data.cache, key, len(source))
 
 

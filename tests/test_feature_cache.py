@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from configs import sana_t2i
 from metacanvas_jax.build import build_model
-from metacanvas_jax.caching import fill, from_cache, open_caches
+from metacanvas_jax.caching import cached_readers, fill, from_cache, open_caches
 from metacanvas_jax.data import feature_cache
+from metacanvas_jax.data.tasks import Asked
 from metacanvas_jax.text_encoders.gemma2 import Gemma2
 from metacanvas_jax.train.preemption import Preemption
 from metacanvas_jax.types import InputError
@@ -131,6 +132,19 @@ def test_an_interrupted_cache_goes_on(tars, tokenizer, tmp_path, monkeypatch):
     other = config.copy_and_resolve_references()
     other.text_encoder.tokens = 9
     assert open_caches(other)['t2i'].path != cache.path
+
+
+def test_a_system_without_a_text_encoder(tars, tokenizer, tmp_path):
+    """MetaQuery in the place of the text: latents and captions alone are stored."""
+    config = config_of(tars, tokenizer, tmp_path)
+    del config.text_encoder, config.weights.text_encoder
+    caches = open_caches(config)
+    fill(config, caches, print)
+    record = caches['t2i'][3]
+    assert record.states is None
+    assert record.latents is not None
+    assert record.text
+    assert cached_readers(config, caches).tokens([Asked(record.text)]) is None
 
 
 def test_records_made_as_they_are_read_are_refused(tars, tokenizer, tmp_path):

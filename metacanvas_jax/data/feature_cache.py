@@ -40,14 +40,12 @@ class FeatureCache:
         return self._count
 
     def __getitem__(self, index: int) -> Record:
-        shard = _open(self.path / f'{index // SHARD:06}.safetensors')
-        row = index % SHARD
-        start, stop = shard.get_slice('start')[row : row + 2].tolist()
-        return Record(
-            text=json.loads(shard.metadata()['captions'])[row],
-            latents=shard.get_slice('latents')[row],
-            states=shard.get_slice('states')[start:stop],
-        )
+        shard, captions = _open(self.path / f'{index // SHARD:06}.safetensors')
+        row, states = index % SHARD, None
+        if 'states' in shard.keys():  # noqa: SIM118  (it is no mapping)
+            start, stop = shard.get_slice('start')[row : row + 2].tolist()
+            states = shard.get_slice('states')[start:stop]
+        return Record(captions[row], latents=shard.get_slice('latents')[row], states=states)
 
     def has_negative(self) -> bool:
         return (self.path / NEGATIVE).exists()
@@ -70,13 +68,13 @@ class FeatureCache:
         latents_BTHWC: np.ndarray,
         states: Sequence[np.ndarray],
     ) -> None:
-        """`states` are (L, D) each, of unequal lengths."""
-        assert len(shard) == len(captions) == len(latents_BTHWC) == len(states)
-        arrays = {
-            'latents': latents_BTHWC,
-            'states': np.concatenate(states),
-            'start': np.cumsum([0, *map(len, states)], dtype=np.int64),
-        }
+        """`states` are (L, D) each, of unequal lengths; none of a system without text encoder."""
+        assert len(shard) == len(captions) == len(latents_BTHWC)
+        assert len(states) in (0, len(shard))
+        arrays = {'latents': latents_BTHWC}
+        if states:
+            arrays['states'] = np.concatenate(states)
+            arrays['start'] = np.cumsum([0, *map(len, states)], dtype=np.int64)
         told = {'captions': json.dumps(list(captions))}
         _write(
             self._shard(shard),
@@ -94,8 +92,10 @@ class FeatureCache:
 
 
 @functools.lru_cache(maxsize=256)
-def _open(path: pathlib.Path):
-    return safe_open(path, 'np')
+def _open(path: pathlib.Path) -> tuple[Any, list[str]]:
+    """A shard and its captions."""
+    shard = safe_open(path, 'np')
+    return shard, json.loads(shard.metadata()['captions'])
 
 
 def _write(path: pathlib.Path, save) -> None:
