@@ -96,13 +96,14 @@ def fill(config: ConfigDict, caches: Mapping[str, FeatureCache], show: Callable)
     sources = choose(SOURCES, config.data.source, 'config.data.source')(config.data)
     todo = [(task, shard) for task, cache in caches.items() for shard in cache.missing()]
     mine = todo[jax.process_index() :: jax.process_count()]
-    if mine:
+    reads = 'text_encoder' in config
+    silent = [task for task, cache in caches.items() if reads and not cache.has_negative()]
+    if mine or silent:
         show(f'features: {len(todo)} shards of {SHARD} records are missing in {config.data.cache}')
         encode = _encoder(config)
-        for task, cache in caches.items():
-            if 'text_encoder' in config and not cache.has_negative():
-                nothing = np.zeros_like(sources[task][0].pixels)
-                cache.write_negative(encode([nothing], [Asked('', negative=True)])[1][0])
+        for task in silent:
+            nothing = np.zeros_like(sources[task][0].pixels)
+            caches[task].write_negative(encode([nothing], [Asked('', negative=True)])[1][0])
         for done, (task, shard) in enumerate(mine, start=1):
             with ThreadPoolExecutor(config.data.threads) as pool:
                 records = list(pool.map(sources[task].__getitem__, shard))

@@ -124,6 +124,8 @@ def test_an_interrupted_cache_goes_on(tars, tokenizer, tmp_path, monkeypatch):
     (cache.path / '000001.safetensors').unlink()
     assert cache.missing() == [range(5, 10)]
     fill(config, open_caches(config), print)
+    (cache.path / feature_cache.NEGATIVE).unlink()
+    fill(config, open_caches(config), print)
     assert {path.name: path.read_bytes() for path in cache.path.iterdir()} == whole
     for name, value in (('size', 32), ('seed', 3)):
         other = config.copy_and_resolve_references()
