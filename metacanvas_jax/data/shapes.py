@@ -28,9 +28,11 @@ COLOURS = {
 }
 BACKGROUNDS = {'white': (255, 255, 255), 'grey': (128, 128, 128), 'black': (0, 0, 0)}
 HELD_OUT = (('green', 'circle'), ('red', 'square'), ('blue', 'triangle'), ('yellow', 'cross'))
-TRAIN_PAIRS = tuple(p for p in itertools.product(COLOURS, SHAPES) if p not in HELD_OUT)
+ALL_PAIRS = tuple(itertools.product(COLOURS, SHAPES))
+TRAIN_PAIRS = tuple(p for p in ALL_PAIRS if p not in HELD_OUT)
 
 SPLITS = ('train', 'held_out')
+TOLD = 'told'  # a split of scenes for words alone: all pairs alike
 CATEGORIES = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
 RELATIONS = {'left of': (0, -1), 'right of': (0, 1), 'above': (1, -1), 'below': (1, 1)}
 NUMBERS = ('zero', 'one', 'two', 'three', 'four')
@@ -216,7 +218,7 @@ def draw_picture(rng: np.random.Generator, category: str, split: str) -> Picture
     if rng.random() < 0.5:
         pairs = pairs[::-1]
     judged = category in ('colors', 'color_attr')
-    named = judged or split == 'held_out' or rng.random() < 0.5
+    named = judged or split != 'train' or rng.random() < 0.5
     count = 2 + int(rng.random() * 3) if category == 'counting' else 1
     relation = pick(rng, tuple(RELATIONS)) if category == 'position' else None
 
@@ -289,12 +291,20 @@ _NOUNS_DIFFER = {
 }
 
 
+_PAIRS = {  # of a scene's first object, of the others
+    'train': (TRAIN_PAIRS, TRAIN_PAIRS),
+    'held_out': (HELD_OUT, TRAIN_PAIRS),
+    TOLD: (ALL_PAIRS, ALL_PAIRS),
+}
+
+
 def _draw_pairs(rng, split: str, n: int, accept=_anything) -> list[tuple[str, str]]:
     """n different pairs; in the held-out split the first, and only the first, is a held-out one."""
+    first, others = _PAIRS[split]
     while True:
-        pairs = [pick(rng, HELD_OUT if split == 'held_out' else TRAIN_PAIRS)]
+        pairs = [pick(rng, first)]
         while len(pairs) < n:
-            pair = pick(rng, TRAIN_PAIRS)
+            pair = pick(rng, others)
             if pair not in pairs:
                 pairs.append(pair)
         if accept(pairs):

@@ -7,7 +7,6 @@ import bisect
 import itertools
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tokenizers import (
 from tokenizers.models import BPE
 
 from metacanvas_jax.data.shapes import (
+    ALL_PAIRS,
     CATEGORIES,
     EDITS,
     LENGTH,
@@ -31,7 +31,7 @@ from metacanvas_jax.data.shapes import (
     PLACES,
     RELATIONS,
     SHAPES,
-    TRAIN_PAIRS,
+    TOLD,
     Object,
     Scene,
     draw_edit,
@@ -51,8 +51,8 @@ SPECIAL_TOKENS = tuple(  # in the order of their ids in Qwen2.5
         *('vision_start', 'vision_end', 'vision_pad', 'image_pad', 'video_pad'),
     )
 )
-BASE_VOCABULARY = 512
-QUESTIONS = 4  # in a text of several
+BASE_VOCABULARY = 493  # every word of this world is a token
+QUESTIONS = 3  # at most, in one text
 
 
 # Qwen2's pattern, from its tokenizer.json.
@@ -108,44 +108,25 @@ class ShapeTexts:
 
 
 def _told(rng, split: str) -> str:
-    """A split to read of: words have no held-out pairs, as a large MLLM has read of everything."""
-    return 'held_out' if rng.random() < 0.25 else split
+    """A split to read of: words have no held-out pairs, as a large MLLM has read of everything.
+
+    All pairs are told of alike: were the held-out ones told of otherwise, their states would be of
+    a kind that nothing which is trained on pictures has met.
+    """
+    return TOLD if rng.random() < 0.6 else split
 
 
 def _caption(rng, split: str) -> Text:
     picture = draw_picture(rng, pick(rng, CATEGORIES), _told(rng, split))
-    return Text(GENERATE.format(picture.request.caption), plan(picture.scene))
-
-
-def _describe(rng, split: str) -> Text:
-    picture = draw_picture(rng, pick(rng, CATEGORIES), _told(rng, split))
-    return Text(f'Describe: {layout(picture.scene)}', picture.request.caption)
+    return Text(GENERATE.format(picture.request.caption), layout(picture.scene))
 
 
 def _question(rng, split: str) -> Text:
-    seen = _picture_question(rng, _told(rng, split))
-    assert seen.scene is not None
-    return Text(f'Picture: {layout(seen.scene)}. {seen.user}', seen.assistant)
-
-
-def _questions(rng, split: str) -> Text:
-    seen = _picture_questions(rng, _told(rng, split))
-    assert seen.scene is not None
-    return Text(f'Picture: {layout(seen.scene)}. {seen.user}', seen.assistant)
-
-
-def _lookup(rng, split: str) -> Text:
-    """All places at once, of a layout in any order."""
-    scene = _draw_scene(rng, _told(rng, split))
-    shuffled = [scene.objects[i] for i in rng.random(len(scene.objects)).argsort()]
-    what, say = pick(rng, _LOOKUPS)
-    there = ', '.join(f'{name} {_at(scene, name, say)}' for name in PLACES)
-    return Text(f'Picture: {_sentence(shuffled, scene)}. {what} is where?', there)
+    return _in_words(rng, _picture_question(rng, _told(rng, split)))
 
 
 def _edit(rng, split: str) -> Text:
-    edit = draw_edit(rng, pick(rng, EDITS), _told(rng, split))
-    return Text(f'Picture: {layout(edit.source)}. {edit.instruction}', layout(edit.target))
+    return _in_words(rng, _picture_edit(rng, _told(rng, split)))
 
 
 def _picture_layout(rng, split: str) -> Text:
@@ -154,20 +135,12 @@ def _picture_layout(rng, split: str) -> Text:
 
 
 def _picture_question(rng, split: str) -> Text:
-    while True:
-        scene = _draw_scene(rng, split)
-        found = pick(rng, _QUESTIONS)(rng, scene)
-        if found is not None:
-            return Text(*found, scene)
-
-
-def _picture_questions(rng, split: str) -> Text:
-    """Several at once: more to learn from in a text than one word of an answer."""
-    scene, asked = _draw_scene(rng, split), {}
-    while len(asked) < QUESTIONS:
+    """One question or more, answered after a look at the whole picture."""
+    scene, wanted, asked = _draw_scene(rng, split), 1 + int(rng.random() * QUESTIONS), {}
+    while len(asked) < wanted:
         if found := pick(rng, _QUESTIONS)(rng, scene):
             asked.update([found])
-    return Text(' '.join(asked), ', '.join(asked.values()), scene)
+    return Text(' '.join(asked), f'{layout(scene)}: {", ".join(asked.values())}', scene)
 
 
 def _picture_edit(rng, split: str) -> Text:
@@ -175,21 +148,26 @@ def _picture_edit(rng, split: str) -> Text:
     return Text(edit.instruction, layout(edit.target), edit.source)
 
 
+def _in_words(rng, text: Text) -> Text:
+    """The same without its picture, of which the user tells in any order."""
+    assert text.scene is not None
+    objects = [text.scene.objects[i] for i in rng.random(len(text.scene.objects)).argsort()]
+    parts = [f'{o.name} {place(o)}' for o in objects]
+    told = ', '.join([*parts, f'on {text.scene.background}'])
+    return Text(f'Picture: {told}. {text.user}', text.assistant)
+
+
 # kind -> (its share among the kinds of a source, how one is drawn)
 TEXTS = {
     'caption': (0.5, _caption),
-    'describe': (0.1, _describe),
-    'question': (0.25, _question),
-    'edit': (0.15, _edit),
-    'lookup': (0.5, _lookup),
-    'questions': (1.0, _questions),
-    'picture_layout': (0.3, _picture_layout),
-    'picture_question': (0.1, _picture_question),
-    'picture_questions': (0.6, _picture_questions),
+    'question': (0.7, _question),
+    'edit': (0.3, _edit),
+    'picture_layout': (0.4, _picture_layout),
+    'picture_question': (0.4, _picture_question),
     'picture_edit': (0.2, _picture_edit),
 }
-READ = ('caption', 'describe', 'question', 'edit', 'lookup')
-SEE = ('picture_layout', 'picture_question', 'picture_questions', 'picture_edit')
+READ = ('caption', 'question', 'edit')
+SEE = ('picture_layout', 'picture_question', 'picture_edit')
 
 
 def place(o: Object) -> str:
@@ -198,24 +176,14 @@ def place(o: Object) -> str:
 
 
 def layout(scene: Scene) -> str:
-    """Where everything is, in one sentence; objects in reading order."""
-    return _sentence(sorted(scene.objects, key=_reading_order), scene)
-
-
-def plan(scene: Scene) -> str:
-    """The layout of a scene that was asked for; objects in the order in which they were named."""
-    kinds = [o.name for o in scene.objects]
-    order = sorted(scene.objects, key=lambda o: (kinds.index(o.name), _reading_order(o)))
-    return _sentence(order, scene)
-
-
-def _reading_order(o: Object) -> tuple[float, float]:
-    return o.y, o.x
-
-
-def _sentence(objects: Sequence[Object], scene: Scene) -> str:
-    parts = [f'{o.name} {place(o)}' for o in objects]
+    """What is where, place after place, in one sentence."""
+    parts = [f'{name} {_at(scene, name, lambda o: o.name)}' for name in PLACES]
     return ', '.join([*parts, f'on {scene.background}'])
+
+
+def answer(text: str) -> str:
+    """What an assistant says to a question after its look at the picture."""
+    return text.rpartition(': ')[2]
 
 
 def build_tokenizer(directory: str | Path) -> Tokenizer:
@@ -260,7 +228,7 @@ def build_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def _corpus():
-    texts = ShapeTexts(0, READ)
+    texts = ShapeTexts(0, (*READ, *SEE))
     for i in range(_TEXTS):
         text = texts[i]
         yield f'system\n{SYSTEM}\n'
@@ -314,7 +282,7 @@ def _is_there(rng, scene):
     here = {(o.colour, o.shape) for o in scene.objects}
     if rng.random() < 0.5:
         return f'Is there {phrase(*pick(rng, sorted(here)))}?', 'yes'
-    return f'Is there {phrase(*pick(rng, [p for p in TRAIN_PAIRS if p not in here]))}?', 'no'
+    return f'Is there {phrase(*pick(rng, [p for p in ALL_PAIRS if p not in here]))}?', 'no'
 
 
 def _what_is_at(rng, scene):

@@ -5,7 +5,7 @@ import dataclasses
 from metacanvas_jax.data.captioned import CaptionedPictures, find_samples
 from metacanvas_jax.data.parquet import NAMES
 from metacanvas_jax.data.shapes import LENGTH, Shapes, render
-from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, plan
+from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, layout
 from metacanvas_jax.data.tasks import Record, TextRecord
 from metacanvas_jax.types import InputError
 
@@ -23,7 +23,7 @@ class ShapePictures:
     def __getitem__(self, index: int) -> Record:
         picture = Shapes(self.seed, 'train')[index]
         pixels = render(picture.scene, self.size)
-        return Record(text=picture.request.caption, pixels=pixels[None], plan=plan(picture.scene))
+        return Record(text=picture.request.caption, pixels=pixels[None], plan=layout(picture.scene))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,6 @@ SOURCES = {
     'shapes_text': lambda data: {
         'layout': _dialogues(data, 'caption'),
         'dialogue': _dialogues(data, *(kind for kind in READ if kind != 'caption')),
-        'questions': _dialogues(data, 'questions'),
         'picture': _dialogues(data, *SEE),
     },
 }

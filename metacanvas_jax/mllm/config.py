@@ -177,7 +177,7 @@ PRESETS = {
     # it sees at 64 x 64 pixels: 16 tokens, four windows.
     'tiny': dataclasses.replace(
         _QWEN,
-        vocab_size=526,
+        vocab_size=507,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
@@ -185,8 +185,8 @@ PRESETS = {
         num_key_value_heads=2,
         mrope_section=(4, 6, 6),
         initializer_range=0.06,  # near 1 / sqrt(width): twice as few steps to learn to look up
-        image_token_id=524,
-        video_token_id=525,
+        image_token_id=505,
+        video_token_id=506,
         vision=VisionConfig(
             depth=4,
             hidden_size=96,
