@@ -1,5 +1,6 @@
 """The shipped MLLM writes plans and answers, and says so where it cannot."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,8 +9,9 @@ from PIL import Image
 
 import metacanvas_jax as mc
 from configs import base, quickstart_mllm
-from metacanvas_jax.data.shapes import RELATIONS, SPLITS, requests
+from metacanvas_jax.data.shapes import RELATIONS, SPLITS, render, requests
 from metacanvas_jax.data.shapes_text import GENERATE, ShapeTexts
+from metacanvas_jax.data.shapes_text import answer as answered
 from metacanvas_jax.describe import Describer
 from metacanvas_jax.types import InputError
 from tests.test_bad_input import assert_one_line, process
@@ -50,6 +52,36 @@ def fulfils(plan: str, request) -> bool:
     axis, sign = RELATIONS[request.relation]
     first, second = (next(t for t in told if t[1] == a.shape) for a in request.asked)
     return (first[3 - axis] - second[3 - axis]) * sign > 0
+
+
+def test_questions_about_pictures(describer):
+    """200 and more, of pictures with pairs of colour and shape that it has never seen."""
+    texts = [ShapeTexts(1, ('picture_question',), 'held_out')[i] for i in range(120)]
+    media = [describer.encoder.see([render(text.scene, 32)]) for text in texts]
+    said = describer([text.user for text in texts], media, max_new_tokens=40)
+    right = []
+    for found, text in zip(said, texts, strict=True):
+        wanted = answered(text.assistant).split(', ')
+        given = answered(found.text).split(', ')
+        given += [''] * (len(wanted) - len(given))
+        right += [a == b for a, b in zip(given, wanted, strict=False)]
+    assert len(right) >= 200
+    assert np.mean(right) >= 0.9
+
+
+def test_an_instruction_is_read_with_its_picture(describer):
+    """The states of the same words differ when the picture does."""
+    texts = [ShapeTexts(1, ('picture_edit',), 'held_out')[i] for i in range(8)]
+    tokenizer, words = describer.encoder.tokenizer, texts[0].user
+    states = []
+    for text in texts:
+        media = describer.encoder.see([render(text.scene, 32)])
+        chat, _ = tokenizer.chat(words, '', media=media)
+        prompt = describer.encoder.prompts([chat], [media])
+        states_BLD, _ = describer.mllm.prefix(prompt)
+        states.append(np.asarray(states_BLD[0, len(chat) - 1]))
+    apart = [np.linalg.norm(a - b) for a, b in itertools.combinations(states, 2)]
+    assert min(apart) > 0.01 * np.linalg.norm(states[0])
 
 
 def test_batch_and_seed(describer):
