@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = 'metacanvas_jax'
 ROWS = [
     {'types'},
-    {'sharding'},
+    {'sharding', 'config_json'},
     {'layers'},
     {'mllm', 'text_encoders', 'backbones', 'vae', 'flow'},
     {'canvas'},

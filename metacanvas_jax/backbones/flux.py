@@ -11,7 +11,6 @@ A single block has the same weights for all tokens, and both parts side by side:
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from einops import rearrange
 from flax import nnx, struct
 
 from metacanvas_jax.backbones.base import Backbone
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.layers.attention import attend, merge_heads, split_heads
 from metacanvas_jax.layers.linear import Linear, normal, zeros
 from metacanvas_jax.layers.mlp import ACTIVATIONS, Mlp
@@ -102,31 +102,16 @@ _IGNORED = {'_diffusers_version', '_name_or_path'}
 
 def read_config(directory: str | pathlib.Path) -> FluxConfig:
     """From the config.json of a transformer as diffusers publishes it."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a FLUX transformer')
-    names = [field.name for field in dataclasses.fields(FluxConfig)]
-    try:
-        values = {**_ASSUMED, **json.loads(path.read_text(encoding='utf-8'))}
+    with config_json(directory, 'a FLUX transformer') as said:
+        values = {**_ASSUMED, **said}
         if values.get('out_channels') == values['in_channels']:
             values['out_channels'] = None
         values['axes_dims_rope'] = tuple(values['axes_dims_rope'])
-        config = FluxConfig(**{name: values[name] for name in names})
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not the config of a FLUX transformer: {error!r}') from error
-    supported = config.to_json() | {'axes_dims_rope': config.axes_dims_rope}
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in supported.items()
-        if values.get(name, value) != value and name != 'guidance_embeds'
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - supported.keys() - _IGNORED]
-    if values['guidance_embeds'] is not True:
-        faults += [f'guidance_embeds is {values["guidance_embeds"]!r}: {SCHNELL}']
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+        config = sizes_of(FluxConfig, values)
+        guided = values.pop('guidance_embeds')
+        schnell = () if guided is True else (f'guidance_embeds is {guided!r}: {SCHNELL}',)
+        supported = config.to_json() | {'axes_dims_rope': config.axes_dims_rope}
+        check_fields(values, supported, _IGNORED, schnell)
     return config
 
 

@@ -7,7 +7,6 @@ Names are those of transformers' CLIPTextModel. Each layer:
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.layers.attention import attend, merge_heads, split_heads
 from metacanvas_jax.layers.linear import Linear, normal
 from metacanvas_jax.layers.mlp import Mlp
@@ -135,23 +135,7 @@ _IGNORED = {
 
 def read_config(directory: str | pathlib.Path) -> ClipConfig:
     """From the config.json of a CLIPTextModel."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a CLIP text model')
-    names = [field.name for field in dataclasses.fields(ClipConfig)]
-    try:
-        values = json.loads(path.read_text(encoding='utf-8'))
-        config = ClipConfig(**{name: values[name] for name in names})
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not the config of a CLIP text model: {error!r}') from error
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in _FIXED.items()
-        if values.get(name, value) != value
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - {*names, *_FIXED} - _IGNORED]
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+    with config_json(directory, 'a CLIP text model') as values:
+        config = sizes_of(ClipConfig, values)
+        check_fields(values, _FIXED, _IGNORED | dataclasses.asdict(config).keys())
     return config
