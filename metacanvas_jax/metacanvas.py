@@ -1,10 +1,14 @@
 """Figure 1: an MLLM plans inside a diffusion model's latent space.
 
 plan      prompt -> MLLM -> context (for the DiT's text interface) and canvas (for its latents)
+look      pictures that are given -> their latents
 velocity  noisy latents -> patchify -> + canvas -> DiT blocks -> velocity
 """
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from metacanvas_jax.backbones.base import Backbone
@@ -55,6 +59,12 @@ class MetaCanvas(nnx.Module):
             context_length_B=context_length_B,
             canvas=self.canvas.draw(self.mllm, readings, self.backbone.grid(latents), canvas_key),
         )
+
+    def look(self, visual: Visual) -> Visual:
+        """Once per sample: latents in the place of pixels; no gradient enters the VAE."""
+        pictures = [jnp.asarray(x_BHWC)[:, None] for x_BHWC in visual.context_images]
+        latents = tuple(jax.lax.stop_gradient(self.vae.encode(x))[:, 0] for x in pictures)
+        return dataclasses.replace(visual, context_images=latents)
 
     def velocity(self, z_BTHWC, t_BT, plan: Plan, visual: Visual) -> jax.Array:
         """Once per solver step."""
