@@ -15,6 +15,7 @@ from metacanvas_jax.build import (
     DTYPES,
     build_encoder,
     build_part,
+    build_pooled_tokenizer,
     build_text_tokenizer,
     choose,
     part_sizes,
@@ -74,6 +75,7 @@ def cached_readers(config: ConfigDict, caches: Mapping[str, FeatureCache]) -> Ca
         mllm=build_encoder(config) if 'mllm' in config else None,
         text_encoder=None,
         text_dropout=config.data.text_dropout,
+        pooled_encoder=build_pooled_tokenizer(config),
         negative=next(iter(caches.values())).negative() if reads else None,
         size=config.text_encoder.tokens if reads else 0,
     )

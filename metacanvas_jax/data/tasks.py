@@ -119,18 +119,24 @@ class Readers:
     mllm: Encoder | None
     text_encoder: TextTokenizer | None
     text_dropout: float = 0.0
+    pooled_encoder: TextTokenizer | None = None
 
     def texts(self, task: str, asked: Sequence[Asked]) -> Texts:
         chats = None
         if self.mllm is not None:
             chats = self.mllm.prompts([self.mllm.chat(task, a.text, a.plan) for a in asked])
-        return Texts(mllm=chats, encoder=self.tokens(asked))
+        pooled = _tokens(self.pooled_encoder, asked)
+        return Texts(mllm=chats, encoder=self.tokens(asked), pooled=pooled)
 
     def tokens(self, asked: Sequence[Asked]) -> EncoderPrompt | EncoderStates | None:
-        if (tokenizer := self.text_encoder) is None:
-            return None
-        rows = [(tokenizer.negative if a.negative else tokenizer.prompt)(a.text) for a in asked]
-        return tokenizer.batch(rows)
+        return _tokens(self.text_encoder, asked)
+
+
+def _tokens(tokenizer: TextTokenizer | None, asked: Sequence[Asked]) -> EncoderPrompt | None:
+    if tokenizer is None:
+        return None
+    rows = [(tokenizer.negative if a.negative else tokenizer.prompt)(a.text) for a in asked]
+    return tokenizer.batch(rows)
 
 
 @dataclasses.dataclass(frozen=True)
