@@ -16,19 +16,19 @@ from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
-from metacanvas_jax.build import READERS, check_size, choose, part_sizes
+from metacanvas_jax.build import READERS, check_size, choose, part_sizes, picture_size
 from metacanvas_jax.caching import cached_readers, fill, from_cache, open_caches
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
 from metacanvas_jax.data.feature_cache import FeatureCache
-from metacanvas_jax.data.loader import Loader
+from metacanvas_jax.data.loader import Loader, process_rows
 from metacanvas_jax.data.shapes import SPLITS, requests
 from metacanvas_jax.data.sources import SOURCES
-from metacanvas_jax.data.tasks import BATCHES
+from metacanvas_jax.data.tasks import BATCHES, TASKS
 from metacanvas_jax.evaluate.shapes_score import shapes_score
 from metacanvas_jax.evaluate.sheet import contact_sheet
-from metacanvas_jax.loading import check_model, starting_model
+from metacanvas_jax.loading import check_model, inherit, starting_model
 from metacanvas_jax.pipeline import Pipeline
 from metacanvas_jax.sharding import make_mesh, put_batch
 from metacanvas_jax.train.log import MetricLog
@@ -64,6 +64,7 @@ def main() -> None:
 def check(config: ConfigDict) -> None:
     """Refuses what cannot work before there is a workdir and before anything is compiled."""
     counts = {
+        'video_batch_size': config.get('video_batch_size', 1),
         'steps': config.steps,
         'batch_size': config.batch_size,
         'accumulate': config.accumulate,
@@ -76,7 +77,7 @@ def check(config: ConfigDict) -> None:
     make_mesh(**config.mesh)
     check_model(config)
     if config.objective == 'flow':
-        check_size(config, config.data.size, config.data.size)
+        check_size(config, *picture_size(config))
     if config.data.get('cache') is not None:
         if config.sample.every:
             raise InputError(
@@ -84,7 +85,9 @@ def check(config: ConfigDict) -> None:
                 'has no autoencoder to draw with; set it to 0, and draw with sample.py'
             )
         open_caches(config)
-    make_loader(config).batch(0)
+    loader = make_loader(config)
+    loader.try_tasks()
+    loader.batch(0)
 
 
 def make_loader(config: ConfigDict, caches: Mapping[str, FeatureCache] | None = None) -> Loader:
@@ -94,16 +97,25 @@ def make_loader(config: ConfigDict, caches: Mapping[str, FeatureCache] | None = 
         readers = READERS[config.objective](config)
     else:
         sources, readers = caches, cached_readers(config, caches)
+    names = {name: _batch_size(config, name) for name in config.data.tasks}
+    for name in {*names.values()}:
+        process_rows(config[name], config.accumulate, name)
     return Loader(
         sources,
         config.data.tasks,
         functools.partial(BATCHES[config.objective], readers),
-        batch=config.batch_size,
+        batch={task: config[name] for task, name in names.items()},
         accumulate=config.accumulate,
         seed=config.data.seed,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
     )
+
+
+def _batch_size(config: ConfigDict, task: str) -> str:
+    """Videos have their own where there are any."""
+    video = config.objective == 'flow' and task in TASKS and TASKS[task].video
+    return 'video_batch_size' if video else 'batch_size'
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -119,6 +131,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         fill(config, caches, show)
         config = from_cache(config)
     graphdef, trainable, frozen = starting_model(config, mesh)
+    trainable = inherit(config, trainable)
     show(trainable_table(config.trainable, nnx.merge(graphdef, trainable, frozen)))
     optimizer = OptimizerConfig(**config.optimizer)
     tx = make_optimizer(optimizer, config.steps)

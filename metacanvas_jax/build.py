@@ -21,10 +21,12 @@ from metacanvas_jax.canvas.canvas_connector import Canvas, NoCanvas
 from metacanvas_jax.canvas.config import CanvasConfig, ContextConfig
 from metacanvas_jax.canvas.context_connector import Context, ContextConnector, EncoderText, NoText
 from metacanvas_jax.canvas.queries import MetaQueries, NoQueries, QueryConfig
+from metacanvas_jax.data import visuals
 from metacanvas_jax.data.flux_prompts import FluxClipTokenizer, FluxT5Tokenizer
 from metacanvas_jax.data.prompts import ChatTokenizer
 from metacanvas_jax.data.sana_prompts import READS
 from metacanvas_jax.data.tasks import Encoder, Readers, TextTokenizer
+from metacanvas_jax.data.visuals import Bucket, Visuals
 from metacanvas_jax.data.wan_prompts import WanTokenizer
 from metacanvas_jax.layers.linear import LoraConfig
 from metacanvas_jax.metacanvas import MetaCanvas
@@ -56,26 +58,37 @@ class Part:
     """A kind of module: its class, its sizes, and where sizes come from.
 
     A config's group spells the sizes out, or names a preset as `size`; with `size` None the
-    config.json of the weights decides.
+    config.json of the weights decides. `changes` in the group are made to either. What they add
+    is `new`: parameters below these names begin as they are built where weights lack them. What
+    they take away is `unused`, which weights may hold.
     """
 
-    module: Callable[..., Any]
+    module: type[Any]
     sizes: Callable[..., Any]
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_config: Callable[[pathlib.Path], Any] | None = None
+    new: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 MLLMS = {'qwen2_5_vl': Part(Qwen, QwenConfig, mllm_presets.PRESETS, mllm_presets.read_config)}
 BACKBONES = {
     'sana': Part(Sana, SanaConfig, sana.PRESETS, sana.read_config),
     'flux': Part(Flux, FluxConfig, read_config=flux.read_config),
-    'wan': Part(Wan, WanConfig, read_config=wan_config.read_config),
+    'wan': Part(
+        Wan,
+        WanConfig,
+        wan_config.PRESETS,
+        wan_config.read_config,
+        new=('condition_embedding/',),
+        unused=('text_embedder/',),
+    ),
 }
 VAES = {
     'pixel': Part(PixelVae, PixelConfig),
     'dc_ae': Part(DcAe, DcAeConfig, dc_ae_config.PRESETS, dc_ae_config.read_config),
     'flux_ae': Part(FluxAe, FluxAeConfig, read_config=flux_ae_config.read_config),
-    'wan_vae': Part(WanVae, WanVaeConfig, read_config=wan_vae_config.read_config),
+    'wan_vae': Part(WanVae, WanVaeConfig, wan_vae_config.PRESETS, wan_vae_config.read_config),
     'cached': Part(CachedLatents, CachedConfig),
 }
 TEXT_ENCODERS = {
@@ -95,7 +108,7 @@ PARTS = {
     'pooled_encoder': POOLED_ENCODERS,
 }
 _SETTINGS = {  # what a group holds besides sizes
-    *('kind', 'size', 'remat', 'lora'),
+    *('kind', 'size', 'changes', 'remat', 'lora'),
     *('tokenizer', 'tokens', 'instruction', 'reads'),
 }
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -145,13 +158,14 @@ def find_part(config: ConfigDict, name: str) -> Part:
 def part_sizes(config: ConfigDict, name: str) -> Any:
     """The sizes of config.NAME; the config.json of its weights, where it has some, must agree."""
     part, group, folder = find_part(config, name), config[name], weights_folder(config, name)
-    found = None
+    found, changes = None, group.get('changes', {})
     if folder is not None and part.read_config is not None:
-        found = part.read_config(folder)
+        found = dataclasses.replace(part.read_config(folder), **changes)
     if 'size' not in group:
         wanted = part.sizes(**{k: v for k, v in group.items() if k not in _SETTINGS})
     elif group.size is not None:
-        wanted = choose(part.presets, group.size, f'config.{name}.size')
+        preset = choose(part.presets, group.size, f'config.{name}.size')
+        wanted = dataclasses.replace(preset, **changes)
     elif found is not None:
         return found
     else:
@@ -181,6 +195,24 @@ def check_size(config: ConfigDict, height: int, width: int) -> None:
             raise InputError(f'{name} {size} is not a multiple of {multiple} (nearest: {nearest})')
 
 
+def picture_size(config: ConfigDict) -> tuple[int, int]:
+    """Rows and columns."""
+    data = config.data
+    return (data.height, data.width) if 'height' in data else (data.size, data.size)
+
+
+def latent_frames(config: ConfigDict, frames: int) -> int:
+    """Those that the VAE makes of so many."""
+    stride = find_part(config, 'vae').module.time_stride
+    if frames < 1 or (frames - 1) % stride:
+        nearest = max(0, round((frames - 1) / stride)) * stride + 1
+        raise InputError(
+            f'config.data.frames {frames} is not 1 more than a multiple of {stride} '
+            f'(nearest: {nearest})'
+        )
+    return (frames - 1) // stride + 1
+
+
 # ---------------------------------------------------------------- what reads, on the host
 
 
@@ -196,6 +228,7 @@ def build_encoder(config: ConfigDict) -> Encoder:
         max_pixels=config.prompt.max_pixels,
         plan_tokens=config.prompt.plan_tokens,
         max_text=config.prompt.max_text,
+        side=config.prompt.get('side'),
     )
 
 
@@ -239,10 +272,35 @@ def _tokenizer(config: ConfigDict, group: str, name: str) -> pathlib.Path:
     return folder
 
 
+# config.backbone.kind -> how pictures come into it
+ENTRANCES = {
+    'sana': lambda sizes: visuals.SANA,
+    'flux': lambda sizes: visuals.FLUX,
+    'wan': lambda sizes: visuals.WIDE_WAN if sizes.condition_channels else visuals.WAN,
+}
+
+
+def build_visuals(config: ConfigDict) -> Visuals:
+    data, (height, width) = config.data, picture_size(config)
+    frames = data.get('frames', 1)
+    bucket = Bucket(
+        height=height,
+        width=width,
+        frames=frames,
+        latent_frames=latent_frames(config, frames),
+        references=data.get('references', 0),
+        short_clips=data.get('short_clips', 'refuse'),
+    )
+    choose(visuals.SHORT_CLIPS, bucket.short_clips, 'config.data.short_clips')
+    entrances = ENTRANCES[config.backbone.kind](part_sizes(config, 'backbone'))
+    return Visuals(bucket, entrances)
+
+
 def build_readers(config: ConfigDict) -> Readers:
     return Readers(
         mllm=build_encoder(config) if 'mllm' in config else None,
         text_encoder=build_text_tokenizer(config) if 'text_encoder' in config else None,
+        visuals=build_visuals(config),
         text_dropout=config.data.text_dropout,
         pooled_encoder=build_pooled_tokenizer(config),
     )

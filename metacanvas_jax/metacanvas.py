@@ -6,9 +6,11 @@ velocity  noisy latents -> patchify -> + canvas -> DiT blocks -> velocity
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from metacanvas_jax.backbones.base import Backbone
@@ -68,9 +70,22 @@ class MetaCanvas(nnx.Module):
 
     def look(self, visual: Visual) -> Visual:
         """Once per sample: latents in the place of pixels; no gradient enters the VAE."""
-        pictures = [jnp.asarray(x_BHWC)[:, None] for x_BHWC in visual.context_images]
-        latents = tuple(jax.lax.stop_gradient(self.vae.encode(x))[:, 0] for x in pictures)
-        return dataclasses.replace(visual, context_images=latents)
+        changes: dict[str, Any] = {}
+        changes['context_images'] = tuple(map(self._look_at, visual.context_images))
+        if (references := visual.references_BRHWC) is not None:
+            pictures = self._look_at(rearrange(references, 'B R H W C -> (B R) H W C'))
+            found = rearrange(pictures, '(B R) H W C -> B R H W C', B=len(references))
+            changes['references_BRHWC'] = found
+        if (condition := visual.condition_BTHWC) is not None:
+            changes['condition_BTHWC'] = self.encode(condition)
+        return dataclasses.replace(visual, **changes)
+
+    def _look_at(self, x_BHWC) -> jax.Array:
+        return self.encode(x_BHWC[:, None])[:, 0]
+
+    def encode(self, x_BFHWC) -> jax.Array:
+        """Pixels in [-1, 1] -> latents (B, T, H, W, C)."""
+        return jax.lax.stop_gradient(self.vae.encode(jnp.asarray(x_BFHWC)))
 
     def patchify(self, z_BTHWC, plan: Plan, visual: Visual) -> Patches:
         visual = dataclasses.replace(visual, pooled_BD=plan.pooled_BD)

@@ -92,6 +92,22 @@ class WanConfig:
         }
 
 
+PRESETS = {
+    'ti2v_5b': WanConfig(
+        in_channels=48,
+        out_channels=48,
+        num_attention_heads=24,
+        attention_head_dim=128,
+        num_layers=30,
+        ffn_dim=14336,
+        freq_dim=256,
+        text_dim=4096,
+        patch_size=2,
+        eps=1e-6,
+        text_embedder='mlp',
+    ),
+}
+
 # What all published models have, and diffusers assumes where a config.json does not say it.
 _FIXED = {
     '_class_name': 'WanTransformer3DModel',

@@ -222,6 +222,27 @@ def cover(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
+def letterbox(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The whole picture, as large as fits, in the middle of a black one of (height, width)."""
+    H, W, _ = pixels_HWC.shape
+    scale = min(height / H, width / W)
+    h, w = (max(1, round(scale * side)) for side in (H, W))
+    top, left = (height - h) // 2, (width - w) // 2
+    framed = np.zeros((height, width, 3), np.uint8)
+    framed[top : top + h, left : left + w] = _resize(pixels_HWC, h, w)
+    return framed
+
+
+def square(pixels_HWC: np.ndarray, side: int) -> np.ndarray:
+    """The whole picture, its shape not kept."""
+    return _resize(pixels_HWC, side, side)
+
+
+def opaque(pixels_HWC: np.ndarray) -> np.ndarray:
+    """A picture with an alpha channel on white, as one that is read; others as they are."""
+    return pixels_HWC if pixels_HWC.shape[-1] == 3 else _rgb(Image.fromarray(pixels_HWC))
+
+
 def encode_video(file: BinaryIO, frames_FHWC: np.ndarray, *, fps: float, comment: str) -> None:
     """uint8 frames as an mp4 that every player opens (H.264, even sizes)."""
     height, width = (side - side % 2 for side in frames_FHWC.shape[1:3])

@@ -4,9 +4,9 @@ import dataclasses
 
 from metacanvas_jax.data.captioned import CaptionedPictures, find_samples
 from metacanvas_jax.data.parquet import NAMES
-from metacanvas_jax.data.shapes import LENGTH, Shapes, render
+from metacanvas_jax.data.records import Record, TextRecord
+from metacanvas_jax.data.shapes import LENGTH, ShapeEdits, Shapes, render
 from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, plan
-from metacanvas_jax.data.tasks import Record, TextRecord
 from metacanvas_jax.types import InputError
 
 
@@ -24,6 +24,22 @@ class ShapePictures:
         picture = Shapes(self.seed, 'train')[index]
         pixels = render(picture.scene, self.size)
         return Record(text=picture.request.caption, pixels=pixels[None], plan=plan(picture.scene))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeEditPairs:
+    """Pictures of the shapes world before and after an instruction, train split."""
+
+    seed: int
+    size: int
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> Record:
+        edit = ShapeEdits(self.seed, 'train')[index]
+        source, target = (render(scene, self.size)[None] for scene in (edit.source, edit.target))
+        return Record(edit.instruction, target, plan(edit.target), source=source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +73,22 @@ def _captioned(data) -> CaptionedPictures:
             f'config.data.columns has {sorted(unknown)[0]!r}; it takes {", ".join(NAMES)}'
         )
     samples = find_samples(data.path, columns)
-    return CaptionedPictures(samples, height=data.size, width=data.size, seed=data.seed)
+    height, width = (data.height, data.width) if 'height' in data else (data.size, data.size)
+    return CaptionedPictures(samples, height=height, width=width, seed=data.seed)
+
+
+def _pictures(source) -> dict:
+    """What is drawn from its caption can be drawn again from itself."""
+    return {'t2i': source, 'recon': source}
 
 
 # config.data.source -> {task: source}
 SOURCES = {
-    'captioned': lambda data: {'t2i': _captioned(data)},
-    'shapes': lambda data: {'t2i': ShapePictures(data.seed, data.size)},
+    'captioned': lambda data: _pictures(_captioned(data)),
+    'shapes': lambda data: {
+        **_pictures(ShapePictures(data.seed, data.size)),
+        'edit': ShapeEditPairs(data.seed, data.size),
+    },
     'shapes_text': lambda data: {
         'layout': _dialogues(data, 'caption'),
         'dialogue': _dialogues(data, *(kind for kind in READ if kind != 'caption')),

@@ -20,13 +20,13 @@ def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array, *, shift: flo
     clean_BT = batch.visual.clean_BT
     z_BTHWC = batch.latents_BTHWC
     if z_BTHWC is None:
-        z_BTHWC = jax.lax.stop_gradient(model.vae.encode(jnp.asarray(batch.pixels_BFHWC)))
+        z_BTHWC = model.encode(batch.pixels_BFHWC)
     t_BT = frame_times(draw_times(time_key, len(z_BTHWC), shift), clean_BT)
     eps = jax.random.normal(noise_key, z_BTHWC.shape)
     z_t, u = noised(z_BTHWC, eps, t_BT)
     _, T, H, W, _ = z_BTHWC.shape
     plan = model.plan(batch.texts, (T, H, W), dropout_key)
-    return flow_loss(model.velocity(z_t, t_BT, plan, batch.visual), u, clean_BT)
+    return flow_loss(model.velocity(z_t, t_BT, plan, model.look(batch.visual)), u, clean_BT)
 
 
 def next_token(model: Qwen, batch: TextBatch, key: jax.Array) -> jax.Array:

@@ -136,6 +136,8 @@ PUBLISHED = WanVaeConfig(
     latents_std=_STD,
 )
 
+PRESETS = {'wan2.2': PUBLISHED}
+
 # What the published model has, and its maths here.
 _FIXED: dict[str, Any] = {
     '_class_name': 'AutoencoderKLWan',
