@@ -41,7 +41,9 @@ def told(text):
     """Sentence -> [(colour or None, shape, way or None)], by other means than the writer's."""
     found = []
     for part in text.split(' and '):
-        article, colour, the, shape, to, stays = SENTENCE.fullmatch(part).groups()
+        match = SENTENCE.fullmatch(part)
+        assert match, part
+        article, colour, the, shape, to, stays = match.groups()
         assert the or (article == 'an') == (colour[0] in 'aeiou')
         assert to in STEPS or stays
         found.append((colour, shape, to))
@@ -129,6 +131,7 @@ def test_references_show_each_object_alone_and_large(split):
 def test_twins_differ_in_what_is_said_only(split):
     for clip in CLIPS_OF['v2v', split]:
         source, target = clip.source, clip.motion
+        assert source
         named = re.findall(rf'({COLOUR}) ({SHAPE})', clip.text)
         first = pairs(source.first)[0]
         if clip.category == 'background':
@@ -209,7 +212,9 @@ def test_plans_tell_where_everything_is_and_goes(case):
         assert ground == f'on {clip.motion.first.background}'
         ends = zip(parts, clip.motion.first.objects, clip.motion.last.objects, strict=True)
         for part, a, b in ends:
-            colour, shape, *at = PLAN.fullmatch(part).groups()
+            match = PLAN.fullmatch(part)
+            assert match, part
+            colour, shape, *at = match.groups()
             assert (colour, shape) == (a.colour, a.shape)
             assert tuple(at[:2]) == corner(a)
             assert tuple(at[2:]) == ((None, None) if a == b else corner(b))
