@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from metacanvas_jax.data.shapes import BACKGROUNDS, COLOURS, PLACES, SPLITS, render
+from metacanvas_jax.data.shapes import BACKGROUNDS, COLOURS, SPLITS, render
 from metacanvas_jax.data.shapes_video import (
     CLIPS,
     Motion,
@@ -121,10 +121,8 @@ def blinked(clip):
 
 
 def joined(clip):
-    """One more object stands at a free place."""
-    taken = {(o.x, o.y) for s in (clip.motion.first, clip.motion.last) for o in s.objects}
-    x, y = next(at for at in PLACES.values() if at not in taken)
-    more = replace(recoloured(clip).first.objects[0], x=x, y=y)
+    """One more object stands in the middle, where none comes through."""
+    more = replace(recoloured(clip).first.objects[0], x=0.5, y=0.5, radius=0.1)
     scenes = (replace(s, objects=(*s.objects, more)) for s in (clip.motion.first, clip.motion.last))
     return video(clip, Motion(*scenes))
 
@@ -150,8 +148,10 @@ def mirrored(clip):
 def elsewhere(clip):
     """The same ways along the other edge, or edges."""
 
+    ends = zip(clip.motion.first.objects, clip.motion.last.objects, strict=True)
+    across = 'y' if all(a.y == b.y for a, b in ends) else 'x'
+
     def move(scene):
-        across = 'y' if clip.motion.first.objects[0].y == clip.motion.last.objects[0].y else 'x'
         return replace(
             scene,
             objects=tuple(replace(o, **{across: 1 - getattr(o, across)}) for o in scene.objects),
@@ -193,7 +193,7 @@ def test_faults_fail_the_checks_that_are_for_them(fault):
 
 def test_edits_must_be_made_in_every_frame_and_keep_the_rest():
     tried = set()
-    for clip in RECORDS['v2v']:
+    for clip in RECORDS['v2v'][::2]:
         source, target = video(clip, clip.source), video(clip)
         for frames in (source, then(target, source), then(source, target)):
             assert judge(frames, clip).checks == {'asked': False, 'kept': True}
