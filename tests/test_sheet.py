@@ -32,7 +32,7 @@ def test_clips_are_rows_of_frames_from_first_to_last():
         height=24,
     )
     assert found(sheet) == [[0, 4, 8, 12, 16], [0, 1], [0, 30, 60, 90, 120]]
-    last = np.asarray(sheet)[-33:]  # of 12 x 6 pixels, drawn 48 x 24
+    last = np.asarray(sheet)[-46:]  # of 12 x 6 pixels, drawn 48 x 24
     assert ((last[..., 1] == 100) & (last[..., 2] == 200)).sum() == 5 * 48 * 24
 
 
