@@ -350,7 +350,7 @@ def test_errors_of_the_caller_are_told(data, tmp_path):
         open_layout('gedit', data['gedit'], samples=2)
     with pytest.raises(InputError, match='at most 25 videos'):
         open_layout('vbench', samples=26).pictures(0)
-    with pytest.raises(InputError, match='wants a picture .* of VBench-I2V'):
+    with pytest.raises(InputError, match=r'wants a picture .* of VBench-I2V'):
         open_layout('vbench_i2v', tmp_path).pictures(0)
     for name in ('gedit', 'imgedit'):
         with pytest.raises(InputError, match='no such file'):
