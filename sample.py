@@ -180,17 +180,17 @@ def answer(
 def sample_prompt(pipe: Pipeline, noise: np.ndarray | None, images: list[np.ndarray]) -> None:
     if FLAGS.canvas_map and not pipe.has_canvas:
         raise InputError('--canvas_map: this model has no canvas (config.canvas.fuse is none)')
-    output = pathlib.Path(FLAGS.output)
+    output, record = pathlib.Path(FLAGS.output), pipe.record(FLAGS.prompt, images)
     if noise is not None:
-        noise = pipe.given_noise(noise, (FLAGS.height, FLAGS.width), FLAGS.frames, images)
+        noise = pipe.given_noise(noise, record, (FLAGS.height, FLAGS.width), FLAGS.frames)
     n = (FLAGS.num_images or 1) if noise is None else len(noise)
     latents = [
         pipe.sample(
-            [FLAGS.prompt] * len(part),
+            [record] * len(part),
             indices=part,
             seed=FLAGS.seed,
             noise=None if noise is None else noise[part.start : part.stop],
-            images=images,
+            task=FLAGS.task,
             **settings(),
         )
         for part in parts(n)
@@ -209,7 +209,7 @@ def sample_prompt(pipe: Pipeline, noise: np.ndarray | None, images: list[np.ndar
         final = final[:, 0] if final.shape[1] == 1 else final
         write(pathlib.Path(FLAGS.latents), lambda file: np.save(file, squeeze(final)))
     if FLAGS.canvas_map:
-        feature = pipe.canvas_features([FLAGS.prompt], indices=[0], seed=FLAGS.seed)[0, 0]
+        feature = pipe.canvas_features([record], indices=[0], seed=FLAGS.seed)[0, 0]
         side = pictures.shape[2]
         colours = Image.fromarray((pca_map(feature) * 255).round().astype(np.uint8))
         colours = colours.resize((pictures.shape[3], side), Image.Resampling.NEAREST)
@@ -287,7 +287,7 @@ def draw(pipe: Pipeline, pictures: list[Picture]) -> None:
         for part in parts(len(group)):
             chosen = group[part.start : part.stop]
             latents = pipe.sample(
-                [picture.prompt for picture in chosen],
+                [pipe.record(picture.prompt) for picture in chosen],
                 indices=[picture.index for picture in chosen],
                 seed=seed,
                 **settings(),

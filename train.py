@@ -23,6 +23,7 @@ from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
 from metacanvas_jax.data.feature_cache import FeatureCache
 from metacanvas_jax.data.loader import Loader, process_rows
+from metacanvas_jax.data.records import Record
 from metacanvas_jax.data.shapes import SPLITS, requests
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import BATCHES, TASKS
@@ -227,10 +228,11 @@ def draw_samples(pipe: Pipeline, workdir: pathlib.Path, step: int) -> None:
     asked = asked[: config.sample.count]
     indices = range(len(asked))
     folder = workdir / 'samples' / f'step_{step}'
-    pictures = pipe.decode(pipe.sample(asked, indices=indices, seed=config.seed))[:, 0]
+    records = [Record(text) for text in asked]
+    pictures = pipe.decode(pipe.sample(records, indices=indices, seed=config.seed))[:, 0]
     save_sheet(pictures, asked, folder / 'grid.png')
     if pipe.has_canvas:
-        features = pipe.canvas_features(asked, indices=indices, seed=config.seed)[:, 0]
+        features = pipe.canvas_features(records, indices=indices, seed=config.seed)[:, 0]
         maps = np.stack([pca_map(feature) for feature in features])
         save_sheet((maps * 255).round().astype(np.uint8), asked, folder / 'canvas.png')
 
@@ -247,7 +249,8 @@ def score(pipe: Pipeline) -> dict:
     seed, evaluate = pipe.config.seed, pipe.config.evaluate
 
     def draw(captions: list[str], indices: range) -> np.ndarray:
-        return pipe.decode(pipe.sample(captions, indices=indices, seed=seed))[:, 0]
+        records = [Record(text) for text in captions]
+        return pipe.decode(pipe.sample(records, indices=indices, seed=seed))[:, 0]
 
     return shapes_score(
         draw, per_category=evaluate.per_category, batch=evaluate.batch_size, seed=seed

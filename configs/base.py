@@ -118,7 +118,7 @@ def flux() -> ConfigDict:
     config.context = dict(kind='encoder')
     config.backbone = dict(kind='flux', size=None, remat='none')
     config.vae = dict(kind='flux_ae', size=None)
-    config.data = dict(size=1024, text_dropout=0.0)
+    config.data = dict(size=1024, sizes='kontext', text_dropout=0.0)
     config.sample = dict(solver='euler_dynamic', steps=28, guidance=1.0, embedded_guidance=3.5)
     return config
 

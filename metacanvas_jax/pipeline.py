@@ -22,14 +22,15 @@ from metacanvas_jax.build import (
     build_readers,
     choose,
 )
-from metacanvas_jax.data.media import cover
+from metacanvas_jax.data.records import Record
 from metacanvas_jax.data.tasks import TASKS, Asked
+from metacanvas_jax.data.visuals import to_float
 from metacanvas_jax.describe import Describer
 from metacanvas_jax.flow.given import holding, impose
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.solver import SOLVERS
 from metacanvas_jax.flow.times import schedule
-from metacanvas_jax.geometry import Geometry, Size
+from metacanvas_jax.geometry import Geometry, Job, Size
 from metacanvas_jax.loading import starting_model, trained
 from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.sharding import BATCH_AXES, make_mesh
@@ -67,7 +68,7 @@ def load(
 
 
 class Pipeline:
-    """Text to pictures. Image i of a call has the noise of fold_in(key(seed), i)."""
+    """Draws what is asked. Image i of a call has the noise of fold_in(key(seed), i)."""
 
     def __init__(self, config: ConfigDict, graphdef, state: nnx.State, mesh: Mesh):
         self.config, self._graphdef, self._state, self._mesh = config, graphdef, state, mesh
@@ -124,8 +125,9 @@ class Pipeline:
         """
         images = image if isinstance(image, list | tuple) else [] if image is None else [image]
         prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
+        images = [np.asarray(image) for image in images]
         latents = self.sample(
-            prompts,
+            [self.record(prompt, images) for prompt in prompts],
             indices=range(len(prompts)),
             seed=seed,
             negative_prompt=negative_prompt,
@@ -133,7 +135,6 @@ class Pipeline:
             guidance=guidance,
             size=(height, width),
             frames=frames,
-            images=[np.asarray(image) for image in images],
             noise=noise,
             callback=callback,
         )
@@ -148,36 +149,48 @@ class Pipeline:
 
     # ------------------------------------------------------------ in batches
 
+    def record(self, prompt: str, images: Sequence[np.ndarray] = ()) -> Record:
+        """Pictures, uint8 (H, W, 3), as this system takes them: to be edited, or a first frame."""
+        if not images:
+            return Record(prompt)
+        if self._geometry.takes_context:
+            return Record(prompt, source=images[0][None], references=tuple(images[1:]))
+        if self._geometry.time_stride == 1:
+            raise InputError('this system draws from text alone: give a prompt without image')
+        if len(images) > 1:
+            raise InputError(f'a video has one first frame, not {len(images)}')
+        return Record(prompt, first=images[0])
+
     def sample(
         self,
-        prompts: Sequence[str],
+        records: Sequence[Record],
         *,
         indices: Sequence[int],
         seed: int,
+        task: str | None = None,
         negative_prompt: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         size: Size = (None, None),
         frames: int | None = None,
-        images: Sequence[np.ndarray] = (),
         noise: np.ndarray | None = None,
         callback: Callable | None = None,
     ) -> np.ndarray:
-        """Latents (B, T, H, W, C); the picture of prompt j has the noise of index `indices[j]`.
+        """Latents (B, T, H, W, C); record j has the noise of index `indices[j]`.
 
-        `images` are the first frame or the context images of all of them, uint8 (H, W, 3) of any
-        size; the first context image decides how large the result is where `size` does not.
+        All are of one task, by default what the first one's pictures say. Where `size` does not
+        say how large the result is, the picture to be edited may.
         """
-        latents = self._geometry.latents(size, frames, images)
+        asked = self._geometry.job(self._readers, records, task, size, frames)
+        latents, default = asked.latents, self.config.sample
         if noise is None:
             z_1 = self._noise(indices, seed, latents)
         else:
             z_1 = self._geometry.noise(noise, latents)
-        given, visual = self._given(images, len(prompts), latents)
-        default = self.config.sample
+        given, visual = self._given(asked)
         guidance = default.guidance if guidance is None else guidance
         against = default.get('negative_prompt') if negative_prompt is None else negative_prompt
-        prompt, negative = self._pair(prompts, against or '', indices, seed)
+        prompt, negative = self._pair(asked, against or '', indices, seed)
         solver = choose(SOLVERS, default.solver, 'config.sample.solver')
         z = self._solve(
             self._state,
@@ -197,12 +210,12 @@ class Pipeline:
     def given_noise(
         self,
         noise: np.ndarray,
+        record: Record,
         size: Size = (None, None),
         frames: int | None = None,
-        images: Sequence[np.ndarray] = (),
     ) -> np.ndarray:
         """As (B, T, H, W, C)."""
-        return self._geometry.noise(noise, self._geometry.latents(size, frames, images))
+        return self._geometry.noise(noise, self._geometry.latents(size, frames, record))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Frames (B, F, H, W, 3) uint8; a picture is one."""
@@ -211,7 +224,7 @@ class Pipeline:
         return np.asarray(jnp.clip(jnp.round(pixels * 127.5 + 127.5), 0, 255), np.uint8)
 
     def canvas_features(
-        self, prompts: Sequence[str], *, indices: Sequence[int], seed: int
+        self, records: Sequence[Record], *, indices: Sequence[int], seed: int
     ) -> np.ndarray:
         """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I).
 
@@ -221,13 +234,14 @@ class Pipeline:
             raise InputError(
                 'this model has no canvas (config.canvas.fuse is none): nothing to map'
             )
-        latents, default = self._geometry.latents((None, None), None, ()), self.config.sample
+        asked, default = self._geometry.job(self._readers, records), self.config.sample
+        latents = asked.latents
         solver = choose(SOLVERS, default.solver, 'config.sample.solver')
         times = schedule(default.steps, self._geometry.shift(solver, latents))
         middle = int(jnp.argmin(jnp.abs(times - 0.5)))
-        prompt, negative = self._pair(prompts, '', indices, seed)
+        prompt, negative = self._pair(asked, '', indices, seed)
         z_1 = self._put(self._noise(indices, seed, latents))
-        given, visual = self._given((), len(prompts), latents)
+        given, visual = self._given(asked)
         visual = self._put(visual)
         z = self._solve(
             self._state,
@@ -301,37 +315,21 @@ class Pipeline:
 
     # ------------------------------------------------------------ inputs
 
-    def _given(self, images: Sequence[np.ndarray], batch: int, latents):
+    def _given(self, asked: Job) -> tuple[np.ndarray, Visual]:
         """Latents (B, T, H, W, C) of which those are given that the Visual beside them says."""
-        given = np.zeros((batch, *latents, self._geometry.channels), np.float32)
-        guidance = self.config.sample.get('embedded_guidance')
-        visual = Visual(
-            clean_BT=np.zeros((batch, latents[0]), np.float32),
-            guidance_B=None if guidance is None else np.full(batch, guidance, np.float32),
-        )
-        if not images:
-            return given, visual
-        if self._geometry.takes_context:
-            return given, dataclasses.replace(visual, context_images=self._context(images, batch))
-        if self._geometry.time_stride == 1:
-            raise InputError('this system draws from text alone: give a prompt without image')
-        if latents[0] == 1:
-            raise InputError('a picture has no first frame; ask for several frames')
-        if len(images) > 1:
-            raise InputError(f'a video has one first frame, not {len(images)}')
-        pixels = cover(images[0], *(self._geometry.stride * side for side in latents[1:]))
-        x = pixels[None, None].astype(np.float32) / 127.5 - 1
+        given = np.zeros((len(asked.records), *asked.latents, self._geometry.channels), np.float32)
+        visual = asked.readers.visual(asked.task, asked.records)
+        visual = dataclasses.replace(visual, context_images=asked.context)
+        if (guidance := self.config.sample.get('embedded_guidance')) is not None:
+            guidance_B = np.full(len(asked.records), guidance, np.float32)
+            visual = dataclasses.replace(visual, guidance_B=guidance_B)
         with jax.set_mesh(self._mesh):
-            given[:, :1] = np.asarray(self._encode(self._state, x))
-        visual.clean_BT[:, 0] = 1
+            if TASKS[asked.task].given == 'first':
+                first = [r.first for r in asked.records if r.first is not None]
+                given[:, :1] = np.asarray(self._encode(self._state, to_float(first)[:, None]))
+            if jax.tree.leaves((asked.context, visual.references_BRHWC, visual.condition_BTHWC)):
+                visual = jax.tree.map(np.asarray, self._look(self._state, visual))
         return given, visual
-
-    def _context(self, images: Sequence[np.ndarray], batch: int) -> tuple[np.ndarray, ...]:
-        """Latents (B, H, W, C) of each picture: encoded once, as all samples have the same."""
-        visual = Visual(np.zeros((1, 1)), context_images=self._geometry.context(images))
-        with jax.set_mesh(self._mesh):
-            seen = self._look(self._state, visual)
-        return tuple(np.repeat(np.asarray(z), batch, 0) for z in seen.context_images)
 
     def _noise(self, indices, seed: int, latents) -> np.ndarray:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))
@@ -339,15 +337,17 @@ class Pipeline:
         draw = jax.vmap(lambda key: jax.random.normal(key, shape))
         return np.asarray(draw(keys(jnp.asarray(indices, jnp.uint32))))
 
-    def _pair(self, prompts, negative_prompt: str, indices: Sequence[int], seed: int):
+    def _pair(self, asked: Job, negative_prompt: str, indices: Sequence[int], seed: int):
         """Both branches of guidance in one bucket: they run as one batch."""
-        asked = [Asked(text) for text in prompts]
-        against = [Asked(negative_prompt, negative=True)] * len(prompts)
-        both = self._texts([*asked, *against], [*indices, *indices], seed)
-        halves = slice(len(prompts)), slice(len(prompts), None)
+        shown = [asked.readers.show(asked.task, record) for record in asked.records]
+        pairs = [*zip(asked.records, shown, strict=True)]
+        wanted = [Asked(record.text, shown=media) for record, media in pairs]
+        against = [Asked(negative_prompt, negative=True, shown=media) for media in shown]
+        both = self._texts(asked.task, [*wanted, *against], [*indices, *indices], seed)
+        halves = slice(len(wanted)), slice(len(wanted), None)
         return [self._put(jax.tree.map(lambda x: x[half], both)) for half in halves]  # noqa: B023
 
-    def _texts(self, asked: list[Asked], indices: Sequence[int], seed: int) -> Texts:
+    def _texts(self, task: str, asked: list[Asked], indices: Sequence[int], seed: int) -> Texts:
         """Where the run was trained with plans, the MLLM writes one first, but not about nothing.
 
         Image i has the plan that the MLLM draws with fold_in(key(seed), i).
@@ -355,8 +355,10 @@ class Pipeline:
         encoder = self._readers.mllm
         rows = [row for row, one in enumerate(asked) if one.text]
         if encoder is not None and encoder.plan_tokens and rows:
+            sees = TASKS[task].seen is not None
             answers = self.describer(
-                [TASKS['t2i'].prompt(asked[row].text) for row in rows],
+                [TASKS[task].prompt(asked[row].text) for row in rows],
+                [asked[row].shown for row in rows] if sees else None,
                 max_new_tokens=encoder.plan_tokens,
                 temperature=self.config.sample.temperature,
                 seed=seed,
@@ -364,7 +366,7 @@ class Pipeline:
             )
             for row, answer in zip(rows, answers, strict=True):
                 asked[row] = dataclasses.replace(asked[row], plan=answer.text)
-        return self._readers.texts('t2i', asked)
+        return self._readers.texts(task, asked)
 
     def _put(self, tree):
         """Host arrays, whole on every process, split over the mesh where the batch allows."""

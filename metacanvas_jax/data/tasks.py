@@ -68,6 +68,17 @@ _WANTED: Mapping[str, tuple[Callable[[Record], bool], str]] = {
 }
 
 
+def find_task(record: Record, *, moves: bool) -> str:
+    """What a record to draw from asks for, by what it shows."""
+    if record.source is not None:
+        return 'v2v' if moves else 'edit'
+    if record.references:
+        return 'r2v'
+    if record.first is not None:
+        return 'i2v'
+    return 't2v' if moves else 't2i'
+
+
 def check_tasks(names: Sequence[str]) -> None:
     if unknown := [name for name in names if name not in TASKS]:
         raise InputError(f'no task {unknown[0]!r}; there are: {", ".join(TASKS)}')

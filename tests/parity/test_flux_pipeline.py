@@ -121,6 +121,7 @@ def test_pictures_of_the_whole_pipeline(pipeline, tmp_path, task):
     hook.remove()
     tokens = h * w // 4
     solver = SOLVERS['euler_dynamic']
+    assert solver.shift
     times = solver.times(STEPS, solver.shift(tokens))
     assert np.asarray(times).tobytes() == pipe.scheduler.sigmas.numpy().tobytes()
     assert np.array_equal(seen[0].numpy(), picture_ids(grids))
