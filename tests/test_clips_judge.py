@@ -5,6 +5,7 @@ right: MEASURED
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from metacanvas_jax.data.shapes_video import (
     shares,
 )
 from metacanvas_jax.evaluate.clips_judge import judge, score
-from metacanvas_jax.evaluate.shapes_score import clips_score
+from metacanvas_jax.evaluate.shapes_score import EXAMS, examine
 from metacanvas_jax.types import InputError
 from tests.test_shapes_judge import blurred, noisy
 
@@ -249,15 +250,23 @@ def test_scores_are_means_of_categories():
 
 
 def test_both_splits_are_drawn_in_batches_of_one_size():
-    seen = []
+    seen, told = [], []
+    asked = []
+    for split in SPLITS:
+        clips = clip_requests('v2v', split, 1, 3)
+        asked += [*clips, *[clips[-1]] * (6 - len(clips))]
 
-    def draw(clips, indices):
+    def draw(records, indices):
         seen.extend(indices)
-        return np.stack([video(clip) for clip in clips])
+        told.extend(records)
+        return np.stack([video(clip) for clip in asked[len(told) - 3 : len(told)]])
 
-    scores = clips_score(draw, 'v2v', per_category=1, batch=3, seed=3)
+    data = SimpleNamespace(size=32, frames=9, fps=8.0)
+    exam = EXAMS['clips']['v2v']
+    scores = examine(exam, draw, data, per_category=1, batch=3, seed=3)
     assert {split: s['overall'] for split, s in scores.items()} == dict.fromkeys(SPLITS, 1.0)
     assert seen == [*range(6)] * 2
+    assert all(record.pixels is None and record.source.shape[0] == 9 for record in told)
 
 
 def test_errors_of_the_caller_are_told():

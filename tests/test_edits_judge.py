@@ -6,6 +6,7 @@ MEASURED
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from metacanvas_jax.data.shapes import (
     render,
 )
 from metacanvas_jax.evaluate.edits_judge import judge_edit, score
-from metacanvas_jax.evaluate.shapes_score import edits_score
+from metacanvas_jax.evaluate.shapes_score import EXAMS, examine
 from metacanvas_jax.types import InputError
 from tests.test_shapes_judge import DISTURBANCES
 
@@ -127,13 +128,22 @@ def test_requests_are_balanced_and_not_the_training_stream():
 
 
 def test_both_splits_are_drawn_in_batches_of_one_size():
-    seen = []
+    seen, told = [], []
+    asked = [e for split in SPLITS for e in padded(edit_requests(split, 2, 3), 15)]
 
-    def draw(edits, indices):
+    def draw(records, indices):
         seen.extend(indices)
-        assert len(edits) == len(indices) == 5
-        return np.stack([render(e.target, 32) for e in edits])
+        told.extend(records)
+        edits = asked[len(told) - 5 : len(told)]
+        assert [r.text for r in records] == [e.instruction for e in edits]
+        return np.stack([render(e.target, 32)[None] for e in edits])
 
-    scores = edits_score(draw, per_category=2, batch=5, seed=3)
+    exam, data = EXAMS['edits']['edit'], SimpleNamespace(size=32)
+    scores = examine(exam, draw, data, per_category=2, batch=5, seed=3)
     assert {split: s['overall'] for split, s in scores.items()} == dict.fromkeys(SPLITS, 1.0)
     assert seen == [*range(15)] * 2
+    assert all(r.pixels is None and not r.plan and r.source is not None for r in told)
+
+
+def padded(edits, n):
+    return [*edits, *[edits[-1]] * (n - len(edits))]

@@ -1,45 +1,63 @@
 """Where records come from: random access by index, endless or of a known length."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+
+from metacanvas_jax.data import shapes_video
 from metacanvas_jax.data.captioned import CaptionedPictures, find_samples
 from metacanvas_jax.data.parquet import NAMES
 from metacanvas_jax.data.records import Record, TextRecord
-from metacanvas_jax.data.shapes import LENGTH, ShapeEdits, Shapes, render
+from metacanvas_jax.data.shapes import LENGTH, Edit, Picture, ShapeEdits, Shapes, render
 from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, plan
+from metacanvas_jax.data.shapes_video import CLIPS, Clip, Motion, ShapeClips, render_clip
 from metacanvas_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapePictures:
-    """Captioned pictures of the shapes world, train split."""
+class Drawn:
+    """Records of the shapes world, train split: `record` renders what `scenes` hold at an index."""
 
-    seed: int
-    size: int
-
-    def __len__(self) -> int:
-        return LENGTH
-
-    def __getitem__(self, index: int) -> Record:
-        picture = Shapes(self.seed, 'train')[index]
-        pixels = render(picture.scene, self.size)
-        return Record(text=picture.request.caption, pixels=pixels[None], plan=plan(picture.scene))
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapeEditPairs:
-    """Pictures of the shapes world before and after an instruction, train split."""
-
-    seed: int
-    size: int
+    scenes: Any
+    record: Callable[[Any, Any], Record]
+    data: Any  # config.data
 
     def __len__(self) -> int:
         return LENGTH
 
     def __getitem__(self, index: int) -> Record:
-        edit = ShapeEdits(self.seed, 'train')[index]
-        source, target = (render(scene, self.size)[None] for scene in (edit.source, edit.target))
-        return Record(edit.instruction, target, plan(edit.target), source=source)
+        return self.record(self.scenes[index], self.data)
+
+
+def picture_record(picture: Picture, data) -> Record:
+    pixels = render(picture.scene, data.size)
+    return Record(text=picture.request.caption, pixels=pixels[None], plan=plan(picture.scene))
+
+
+def edit_record(edit: Edit, data) -> Record:
+    """Before and after an instruction."""
+    source, target = (render(scene, data.size)[None] for scene in (edit.source, edit.target))
+    return Record(edit.instruction, target, plan(edit.target), source=source)
+
+
+def clip_record(clip: Clip, data) -> Record:
+    """With all that any task of a clip shows."""
+
+    def draw(motion: Motion) -> np.ndarray:
+        return render_clip(motion, data.frames, data.size)
+
+    pixels = draw(clip.motion)
+    return Record(
+        clip.text,
+        pixels,
+        shapes_video.plan(clip.motion),
+        source=None if clip.source is None else draw(clip.source),
+        fps=data.fps,
+        first=pixels[0] if clip.task == 'i2v' else None,
+        references=tuple(render(scene, data.size) for scene in clip.references),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +104,9 @@ def _pictures(source) -> dict:
 SOURCES = {
     'captioned': lambda data: _pictures(_captioned(data)),
     'shapes': lambda data: {
-        **_pictures(ShapePictures(data.seed, data.size)),
-        'edit': ShapeEditPairs(data.seed, data.size),
+        **_pictures(Drawn(Shapes(data.seed, 'train'), picture_record, data)),
+        'edit': Drawn(ShapeEdits(data.seed, 'train'), edit_record, data),
+        **{task: Drawn(ShapeClips(data.seed, 'train', task), clip_record, data) for task in CLIPS},
     },
     'shapes_text': lambda data: {
         'layout': _dialogues(data, 'caption'),

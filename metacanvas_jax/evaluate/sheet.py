@@ -6,7 +6,29 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from metacanvas_jax.data.records import Record
+
 _LINE, _PAD = 13, 8
+
+
+def sheet(records: Sequence[Record], drawn: np.ndarray) -> Image.Image:
+    """What each record shows, what was drawn, (B, F, H, W, 3) uint8, and what was wanted."""
+    if drawn.shape[1] > 1:
+        rows, texts = [], []
+        for record, clip in zip(records, drawn, strict=True):
+            shown = [('source', record.source), ('wanted', record.pixels)]
+            found = [(record.text, clip), *((n, c) for n, c in shown if c is not None)]
+            texts += [name for name, _ in found]
+            rows += [frames for _, frames in found]
+        return clips_sheet(rows, texts)
+    pictures, texts = [], []
+    for record, (picture, *_) in zip(records, drawn, strict=True):
+        source = [] if record.source is None else [('source', record.source[0])]
+        wanted = [] if not source or record.pixels is None else [('wanted', record.pixels[0])]
+        for name, shown in (*source, (record.text, picture), *wanted):
+            pictures.append(shown)
+            texts.append(name)
+    return contact_sheet(np.stack(pictures), texts)
 
 
 def contact_sheet(
