@@ -35,7 +35,12 @@ from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.text_encoders import clip, gemma2, t5
-from metacanvas_jax.text_encoders.base import CachedStates
+from metacanvas_jax.text_encoders.base import (
+    CachedStates,
+    StoredVector,
+    VectorConfig,
+    read_vector_config,
+)
 from metacanvas_jax.text_encoders.clip import Clip, ClipConfig
 from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config
 from metacanvas_jax.text_encoders.t5 import T5, T5Config
@@ -99,6 +104,7 @@ TEXT_ENCODERS = {
 }
 POOLED_ENCODERS = {
     'clip': Part(Clip, ClipConfig, read_config=clip.read_config),
+    'stored': Part(StoredVector, VectorConfig, read_config=read_vector_config),
 }
 PARTS = {
     'mllm': MLLMS,

@@ -16,8 +16,6 @@ from metacanvas_jax.data.media import cover, letterbox, opaque
 from metacanvas_jax.data.records import Record
 from metacanvas_jax.types import InputError, Visual
 
-GUIDANCE = 1.0  # that FLUX is told in training, as for GPT-Image-Edit (spec.md section 5.2)
-
 # ------------------------------------------------------------ shapes
 
 
@@ -85,15 +83,11 @@ def _nothing(bucket: Bucket, records: Sequence[Record]) -> dict[str, Any]:
     return {}
 
 
-def _guidance(bucket: Bucket, records: Sequence[Record]) -> dict[str, Any]:
-    del bucket
-    return {'guidance_B': np.full(len(records), GUIDANCE, np.float32)}
-
-
 def _context_image(bucket: Bucket, records: Sequence[Record]) -> dict[str, Any]:
     """A picture, as large as the target."""
+    del bucket
     sources = [record.source[0] for record in records if record.source is not None]
-    return {**_guidance(bucket, records), 'context_images': (to_float(sources),)}
+    return {'context_images': (to_float(sources),)}
 
 
 def _first_frame(bucket: Bucket, records: Sequence[Record]) -> dict[str, Any]:
@@ -127,7 +121,7 @@ Entrances = Mapping[str | None, Callable[[Bucket, Sequence[Record]], dict[str, A
 
 # What a task gives the DiT (Task.given) -> fields of its Visual.
 SANA: Entrances = {None: _nothing}
-FLUX: Entrances = {None: _guidance, 'source': _context_image}
+FLUX: Entrances = {None: _nothing, 'source': _context_image}
 WAN: Entrances = {None: _nothing, 'first': _first_frame}
 WIDE_WAN: Entrances = {**WAN, 'source': _condition, 'references': _slots}
 
