@@ -57,6 +57,7 @@ flags.DEFINE_float('top_p', 1.0, 'Of --task describe: draws from so much of the 
 define_config()
 
 DESCRIBE = 'describe'  # the one task without a picture to draw
+EDIT = 'edit'  # the one that cannot do without a picture to look at
 
 
 def main() -> None:
@@ -67,8 +68,8 @@ def main() -> None:
         answer(open_system(), *media)
     elif FLAGS.prompts is None:
         noise = None if FLAGS.noise is None else read_noise(pathlib.Path(FLAGS.noise))
-        first = read_image(FLAGS.image[0]) if FLAGS.image else None
-        sample_prompt(open_pipeline(), noise, first)
+        images = [read_image(path) for path in FLAGS.image]
+        sample_prompt(open_pipeline(), noise, images)
     elif FLAGS.prompts in LAYOUTS:
         sample_benchmark()
     else:
@@ -83,16 +84,21 @@ def check_flags() -> None:
         raise InputError('give either --checkpoint or --config')
     if (FLAGS.prompt is None) == (FLAGS.prompts is None):
         raise InputError('give either --prompt or --prompts')
-    if FLAGS.task not in (None, *TASKS, DESCRIBE):
-        known = ', '.join((*TASKS, DESCRIBE))
+    tasks = tuple(dict.fromkeys((*TASKS, EDIT, DESCRIBE)))
+    if FLAGS.task not in (None, *tasks):
+        known = ', '.join(tasks)
         raise InputError(f'--task {FLAGS.task!r} is unknown; there are: {known}')
     if FLAGS.task == DESCRIBE and FLAGS.prompts:
         raise InputError('--task describe takes one --prompt')
-    if FLAGS.task != DESCRIBE and (FLAGS.video or len(FLAGS.image) > 1):
+    if FLAGS.task == EDIT and FLAGS.prompt and not FLAGS.image:
+        raise InputError('--task edit wants --image, the picture that --prompt is to change')
+    if FLAGS.task != DESCRIBE and FLAGS.video:
         raise InputError(
-            '--video and several --image go with --task describe; to draw give --prompt, or '
-            '--prompts, and for a video --image, its first frame'
+            '--video goes with --task describe; to draw give --prompt, or --prompts, and --image, '
+            'the first frame of a video or the picture to edit'
         )
+    if FLAGS.prompts and FLAGS.image:
+        raise InputError('--image goes with --prompt, not with --prompts')
     if FLAGS.task != DESCRIBE and FLAGS.output is None:
         raise InputError('--output is missing')
     for name in ('num_images', 'batch_size', 'steps', 'frames', 'max_new_tokens'):
@@ -171,12 +177,12 @@ def answer(
 # ---------------------------------------------------------------- one prompt
 
 
-def sample_prompt(pipe: Pipeline, noise: np.ndarray | None, first: np.ndarray | None) -> None:
+def sample_prompt(pipe: Pipeline, noise: np.ndarray | None, images: list[np.ndarray]) -> None:
     if FLAGS.canvas_map and not pipe.has_canvas:
         raise InputError('--canvas_map: this model has no canvas (config.canvas.fuse is none)')
     output = pathlib.Path(FLAGS.output)
     if noise is not None:
-        noise = pipe.given_noise(noise, (FLAGS.height, FLAGS.width), FLAGS.frames)
+        noise = pipe.given_noise(noise, (FLAGS.height, FLAGS.width), FLAGS.frames, images)
     n = (FLAGS.num_images or 1) if noise is None else len(noise)
     latents = [
         pipe.sample(
@@ -184,7 +190,7 @@ def sample_prompt(pipe: Pipeline, noise: np.ndarray | None, first: np.ndarray | 
             indices=part,
             seed=FLAGS.seed,
             noise=None if noise is None else noise[part.start : part.stop],
-            first=first,
+            images=images,
             **settings(),
         )
         for part in parts(n)

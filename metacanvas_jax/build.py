@@ -22,6 +22,7 @@ from metacanvas_jax.canvas.config import CanvasConfig, ContextConfig
 from metacanvas_jax.canvas.context_connector import Context, ContextConnector, EncoderText, NoText
 from metacanvas_jax.canvas.queries import MetaQueries, NoQueries, QueryConfig
 from metacanvas_jax.data import visuals
+from metacanvas_jax.data.flux_prompts import FluxClipTokenizer, FluxT5Tokenizer
 from metacanvas_jax.data.prompts import ChatTokenizer
 from metacanvas_jax.data.sana_prompts import READS
 from metacanvas_jax.data.tasks import Encoder, Readers, TextTokenizer
@@ -33,8 +34,9 @@ from metacanvas_jax.mllm import config as mllm_presets
 from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.mllm.windows import VisionBuckets
-from metacanvas_jax.text_encoders import gemma2, t5
+from metacanvas_jax.text_encoders import clip, gemma2, t5
 from metacanvas_jax.text_encoders.base import CachedStates
+from metacanvas_jax.text_encoders.clip import Clip, ClipConfig
 from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config
 from metacanvas_jax.text_encoders.t5 import T5, T5Config
 from metacanvas_jax.types import InputError
@@ -91,14 +93,19 @@ VAES = {
 }
 TEXT_ENCODERS = {
     'gemma2': Part(Gemma2, Gemma2Config, gemma2.PRESETS, gemma2.read_config),
+    't5': Part(T5, T5Config, read_config=t5.read_config),
     'umt5': Part(T5, T5Config, read_config=t5.read_config),
     'cached': Part(CachedStates, dict),
+}
+POOLED_ENCODERS = {
+    'clip': Part(Clip, ClipConfig, read_config=clip.read_config),
 }
 PARTS = {
     'mllm': MLLMS,
     'backbone': BACKBONES,
     'vae': VAES,
     'text_encoder': TEXT_ENCODERS,
+    'pooled_encoder': POOLED_ENCODERS,
 }
 _SETTINGS = {  # what a group holds besides sizes
     *('kind', 'size', 'changes', 'remat', 'lora'),
@@ -113,6 +120,7 @@ COMPONENTS = {
         'backbone': 'backbone/',
         'vae': 'vae/',
         'text_encoder': 'text_encoder/',
+        'pooled_encoder': 'pooled_encoder/',
         'context_connector': 'context/text/',
     },
     'next_token': {'mllm': ''},
@@ -174,9 +182,13 @@ def part_sizes(config: ConfigDict, name: str) -> Any:
     return wanted
 
 
+def size_multiple(config: ConfigDict) -> int:
+    """Pixels on a side of a token: the VAE's stride times the DiT's patch."""
+    return part_sizes(config, 'vae').stride * part_sizes(config, 'backbone').patch_size
+
+
 def check_size(config: ConfigDict, height: int, width: int) -> None:
-    """Pixels must be multiples of the VAE's stride times the DiT's patch."""
-    multiple = part_sizes(config, 'vae').stride * part_sizes(config, 'backbone').patch_size
+    multiple = size_multiple(config)
     for name, size in (('height', height), ('width', width)):
         if size <= 0 or size % multiple:
             nearest = max(1, round(size / multiple)) * multiple
@@ -229,13 +241,26 @@ def _sana_tokenizer(group: ConfigDict, folder: pathlib.Path) -> TextTokenizer:
 # config.text_encoder.kind -> its host side
 TEXT_TOKENIZERS = {
     'gemma2': _sana_tokenizer,
+    't5': lambda group, folder: FluxT5Tokenizer(folder, size=group.tokens),
     'umt5': lambda group, folder: WanTokenizer(folder, size=group.tokens),
+}
+# config.pooled_encoder.kind -> the same; what is not here reads nothing
+POOLED_TOKENIZERS: Mapping[str, Callable[..., Any]] = {
+    'clip': lambda group, folder: FluxClipTokenizer(folder, size=group.tokens),
 }
 
 
 def build_text_tokenizer(config: ConfigDict) -> TextTokenizer:
     folder = _tokenizer(config, 'text_encoder', 'text_encoder')
     return TEXT_TOKENIZERS[config.text_encoder.kind](config.text_encoder, folder)
+
+
+def build_pooled_tokenizer(config: ConfigDict) -> TextTokenizer | None:
+    group = config.get('pooled_encoder')
+    if group is None or group.kind not in POOLED_TOKENIZERS:
+        return None
+    folder = _tokenizer(config, 'pooled_encoder', 'pooled_encoder')
+    return POOLED_TOKENIZERS[group.kind](group, folder)
 
 
 def _tokenizer(config: ConfigDict, group: str, name: str) -> pathlib.Path:
@@ -277,6 +302,7 @@ def build_readers(config: ConfigDict) -> Readers:
         text_encoder=build_text_tokenizer(config) if 'text_encoder' in config else None,
         visuals=build_visuals(config),
         text_dropout=config.data.text_dropout,
+        pooled_encoder=build_pooled_tokenizer(config),
     )
 
 
@@ -323,9 +349,17 @@ def build_metacanvas(config: ConfigDict, key: jax.Array) -> MetaCanvas:
             f'config.vae makes {vae.channels} latent channels, config.backbone takes '
             f'{backbone.latent_channels}'
         )
+    pooled = build_part(config, 'pooled_encoder', key) if 'pooled_encoder' in config else None
+    makes = None if pooled is None else pooled.width
+    if makes != backbone.pooled_width:
+        raise InputError(
+            f'config.pooled_encoder makes a vector of width {makes}, config.backbone takes '
+            f'{backbone.pooled_width}'
+        )
     return MetaCanvas(
         mllm=mllm,
         text_encoder=build_part(config, 'text_encoder', key) if 'text_encoder' in config else None,
+        pooled_encoder=pooled,
         context=_context(config, mllm, backbone, key),
         canvas=_canvas(config, mllm, backbone, key),
         backbone=backbone,

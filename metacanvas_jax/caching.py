@@ -15,6 +15,7 @@ from metacanvas_jax.build import (
     DTYPES,
     build_encoder,
     build_part,
+    build_pooled_tokenizer,
     build_text_tokenizer,
     build_visuals,
     choose,
@@ -81,6 +82,7 @@ def cached_readers(config: ConfigDict, caches: Mapping[str, FeatureCache]) -> Ca
         text_encoder=None,
         visuals=build_visuals(config),
         text_dropout=config.data.text_dropout,
+        pooled_encoder=build_pooled_tokenizer(config),
         negative=next(iter(caches.values())).negative() if reads else None,
         size=config.text_encoder.tokens if reads else 0,
     )

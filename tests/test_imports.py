@@ -18,7 +18,7 @@ ROWS = [
     {'data'},
     {'build', 'weights'},
     {'train', 'checkpoint', 'evaluate', 'command', 'describe'},
-    {'loading', 'caching'},
+    {'loading', 'caching', 'geometry'},
     {'pipeline', 'dry_run'},
 ]
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}

@@ -137,6 +137,7 @@ def metacanvas(
         return MetaCanvas(
             mllm=qwen(rngs, lora),
             text_encoder=None,
+            pooled_encoder=None,
             context=Context(
                 ContextConnector(context, width, dit.context_width, rngs=rngs), NoQueries()
             ),

@@ -136,16 +136,21 @@ SCHNELL = 'this is FLUX.1-schnell, only FLUX.1-dev and FLUX.1-Kontext-dev are su
 # ------------------------------------------------------------ positions
 
 
-def rotation(grids: Sequence[tuple[int, int]], text: int, axes: tuple[int, int, int]) -> Rotation:
-    """Of the tokens of pictures on these (h, w) grids, and of `text` tokens after them.
-
-    A token of the i-th picture is at (i, row, column); the target is the picture 0. All text is at
-    (0, 0, 0), where nothing turns. On the host in fp64, as the reference's CPU has it.
-    """
+def picture_ids(grids: Sequence[tuple[int, int]]) -> np.ndarray:
+    """(S, 3): a token of the i-th picture is at (i, row, column); the target is the picture 0."""
     ids = [
         [(i, row, col) for row in range(h) for col in range(w)] for i, (h, w) in enumerate(grids)
     ]
-    ids_S3 = np.concatenate([*ids, np.zeros((text, 3))])
+    return np.concatenate(ids)
+
+
+def rotation(grids: Sequence[tuple[int, int]], text: int, axes: tuple[int, int, int]) -> Rotation:
+    """Of the tokens of pictures on these (h, w) grids, and of `text` tokens after them.
+
+    All text is at (0, 0, 0), where nothing turns. On the host in fp64, as the reference's CPU has
+    it.
+    """
+    ids_S3 = np.concatenate([picture_ids(grids), np.zeros((text, 3))])
     parts = [axis_angles(ids_S3[:, axis], width, THETA) for axis, width in enumerate(axes)]
     angle_Se = np.concatenate(parts, -1)
     return np.cos(angle_Se).astype(np.float32), np.sin(angle_Se).astype(np.float32)
@@ -288,12 +293,15 @@ class FluxExtra:
 
 
 class Flux(Backbone):
+    takes_context = True
+
     def __init__(self, config: FluxConfig, *, remat: str, dtype, rngs: nnx.Rngs):
         D = config.width
         self.config, self.remat, self.dtype = config, remat, dtype
         self.width, self.patch = D, PATCH
         self.latent_channels = config.in_channels // PATCH**2
         self.context_width = config.joint_attention_dim
+        self.pooled_width = config.pooled_projection_dim
         self.x_embedder = Linear(config.in_channels, D, ('channels', 'embed'), rngs=rngs)
         self.context_embedder = Linear(self.context_width, D, (None, 'embed'), rngs=rngs)
         self.time_text_embed = TimeTextEmbed(D, config.pooled_projection_dim, rngs=rngs)

@@ -176,6 +176,7 @@ class Readers:
     text_encoder: TextTokenizer | None
     visuals: Visuals
     text_dropout: float = 0.0
+    pooled_encoder: TextTokenizer | None = None
 
     def tasks(self) -> list[str]:
         """Those that the DiT has a way in for."""
@@ -215,13 +216,18 @@ class Readers:
                 [encoder.chat(task, a.text, a.plan, a.shown) for a in asked],
                 None if TASKS[task].seen is None else media,
             )
-        return Texts(mllm=chats, encoder=self.tokens(asked))
+        pooled = _tokens(self.pooled_encoder, asked)
+        return Texts(mllm=chats, encoder=self.tokens(asked), pooled=pooled)
 
     def tokens(self, asked: Sequence[Asked]) -> EncoderPrompt | EncoderStates | None:
-        if (tokenizer := self.text_encoder) is None:
-            return None
-        rows = [(tokenizer.negative if a.negative else tokenizer.prompt)(a.text) for a in asked]
-        return tokenizer.batch(rows)
+        return _tokens(self.text_encoder, asked)
+
+
+def _tokens(tokenizer: TextTokenizer | None, asked: Sequence[Asked]) -> EncoderPrompt | None:
+    if tokenizer is None:
+        return None
+    rows = [(tokenizer.negative if a.negative else tokenizer.prompt)(a.text) for a in asked]
+    return tokenizer.batch(rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,8 @@ from metacanvas_jax.layers.mlp import Mlp
 from metacanvas_jax.layers.norm import LayerNorm
 from metacanvas_jax.layers.stack import fold, stack
 from metacanvas_jax.sharding import BATCH_AXES, constrain
-from metacanvas_jax.types import InputError
+from metacanvas_jax.text_encoders.base import PooledEncoder
+from metacanvas_jax.types import InputError, Texts
 
 init = normal(0.02)
 NO_EOS = 2  # in configs older than their tokenizer's true end of text
@@ -85,12 +86,12 @@ class Layer(nnx.Module):
         return x_BLD + self.mlp(self.layer_norm2(x_BLD))
 
 
-class Clip(nnx.Module):
+class Clip(PooledEncoder):
     """Frozen wherever it is used: nothing of a layer is kept for a backward pass."""
 
     def __init__(self, config: ClipConfig, *, dtype, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        width = config.hidden_size
+        self.width = width = config.hidden_size
         tokens = init(rngs.params(), (config.vocab_size, width))
         places = init(rngs.params(), (config.max_position_embeddings, width))
         self.token_embedding = nnx.Param(tokens, axes=('vocab', 'embed'))
@@ -110,6 +111,10 @@ class Clip(nnx.Module):
         x_BLD = self.final_layer_norm(x_BLD)
         end_B11 = end_of_text(jnp.asarray(ids_BL), self.config.eos_token_id)[:, None, None]
         return x_BLD, jnp.take_along_axis(x_BLD, end_B11, 1)[:, 0]
+
+    def pool(self, texts: Texts) -> jax.Array:
+        assert texts.pooled is not None
+        return self(texts.pooled.ids_BU)[1]
 
 
 def end_of_text(ids_BL: jax.Array, eos: int) -> jax.Array:
