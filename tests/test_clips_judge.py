@@ -1,7 +1,8 @@
 """Laws of the judge of clips.
 
-Measured over 200 clips of 17 frames of each task, both splits, at 32 / 64 pixels, share judged
-right: MEASURED
+Measured over 160 clips of 17 frames, of all tasks and both splits, share judged right at 32 / 64
+pixels: 1.000 / 1.000 clean, at noise of 8 and 16 (of 255), at a blur of 1.0 pixel and at both 1.0
+and noise 8; 0.963 / 0.969 at noise of 32. Clean, 800 of 800 at 32.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """Laws of the judge of edits.
 
-Measured over 1200 edits of both splits at 32 / 64 pixels, share of made ones judged right:
-MEASURED
+Measured over 600 edits of both splits, share of made ones judged right at 32 / 64 pixels: 1.000 /
+1.000 clean, at noise of 8 and 16 (of 255), at a blur of 1.0 pixel and at both 1.0 and noise 8;
+0.995 / 0.993 at noise of 32.
 """
 
 from collections import Counter

@@ -173,7 +173,7 @@ def _video_fault(file: pathlib.Path, path: str) -> Fault | None:
             stream = container.streams.video[0]
             next(container.decode(stream))
             container.seek(0)
-            packets = sum(packet.size > 0 for packet in container.demux(stream))
+            packets = sum(p.size > 0 and not p.is_corrupt for p in container.demux(stream))
     except (FFmpegError, IndexError, StopIteration) as error:
         return Fault('unreadable', path, str(error) or 'it holds no video')
     if packets != stream.frames:

@@ -1,7 +1,13 @@
 """Benchmarks of pictures made from pictures, whose prompts and pictures the user has.
 
-GEdit-Bench and OmniContext are data sets with pictures inside. A .jsonl file of the rows is read,
-with the pictures saved beside it and named, relative to the file, where the row had them.
+GEdit-Bench and OmniContext are data sets with pictures inside. What is read is a .jsonl file of
+their rows, with each picture saved beside it and named, relative to the file, where the row had it:
+
+    for i, row in enumerate(load_dataset('stepfun-ai/GEdit-Bench')['train']):
+        for name in ('input_image', 'input_image_raw'):
+            row[name].save(f'{i}_{name}.png')
+            row[name] = f'{i}_{name}.png'
+        print(json.dumps(row), file=lines)
 """
 
 import dataclasses
