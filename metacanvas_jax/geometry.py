@@ -84,6 +84,22 @@ class Geometry:
             raise InputError(f'the noise has shape {noise.shape}, this size wants {want}')
         return noise.reshape(-1, *shape)
 
+    def record(self, prompt: str, images, references, video) -> Record:
+        """Images are what is to be edited, or a first frame, as the system takes them."""
+        given = Record(prompt, references=tuple(references))
+        if video is not None:
+            given = dataclasses.replace(given, source=video[0], fps=video[1])
+        if not images:
+            return given
+        if self.takes_context:
+            references = (*images[1:], *references)
+            return Record(prompt, source=images[0][None], references=references)
+        if self.time_stride == 1:
+            raise InputError('this system draws from text alone: give a prompt without image')
+        if len(images) > 1:
+            raise InputError(f'a video has one first frame, not {len(images)}')
+        return dataclasses.replace(given, first=images[0])
+
     def job(
         self,
         readers: Readers,

@@ -149,17 +149,21 @@ class Pipeline:
 
     # ------------------------------------------------------------ in batches
 
-    def record(self, prompt: str, images: Sequence[np.ndarray] = ()) -> Record:
-        """Pictures, uint8 (H, W, 3), as this system takes them: to be edited, or a first frame."""
-        if not images:
-            return Record(prompt)
-        if self._geometry.takes_context:
-            return Record(prompt, source=images[0][None], references=tuple(images[1:]))
-        if self._geometry.time_stride == 1:
-            raise InputError('this system draws from text alone: give a prompt without image')
-        if len(images) > 1:
-            raise InputError(f'a video has one first frame, not {len(images)}')
-        return Record(prompt, first=images[0])
+    def frames(self, frames: int | None = None) -> int:
+        """Of what it draws where so many, or as many as it likes, are asked for."""
+        return self.config.data.get('frames', 1) if frames is None else frames
+
+    def record(
+        self,
+        prompt: str,
+        images: Sequence[np.ndarray] = (),
+        references: Sequence[np.ndarray] = (),
+        video: tuple[np.ndarray, float] | None = None,
+    ) -> Record:
+        """What is asked; images, uint8 (H, W, 3), are what is to be edited, or a first frame, as
+        this system takes them; a video to edit is its frames and their rate.
+        """
+        return self._geometry.record(prompt, images, references, video)
 
     def sample(
         self,

@@ -41,12 +41,17 @@ class Pipe:
         self.drawn: list[int] = []
         self.batches, self.stop = 0, stop
 
-    def record(self, prompt, images=()):
+    def frames(self, frames=None):
+        return frames or 1
+
+    def record(self, prompt, images=(), references=(), video=None):
         assert not images
+        assert not references
+        assert video is None
         return Record(prompt)
 
     def sample(self, records, *, indices, seed, **settings):
-        assert settings.keys() == {'negative_prompt', 'frames', 'steps', 'guidance', 'size'}
+        assert settings.keys() == {'task', 'negative_prompt', 'frames', 'steps', 'guidance', 'size'}
         if self.batches == self.stop:
             raise KeyboardInterrupt
         self.batches += 1

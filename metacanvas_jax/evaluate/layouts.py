@@ -31,8 +31,8 @@ _PNG_END = b'IEND\xaeB`\x82'
 class Picture:
     """One to draw, with the noise of fold_in(key(seed), index); `path` is below the output.
 
-    A video if the path ends so. `images` and `video` are what the prompt is about; `stills` are
-    {path: which of the video's frames lies there too, as a picture}.
+    A video if the path ends so. `images`, `references` and `video` are what the prompt is about;
+    `stills` are {path: which of the video's frames lies there too, as a picture}.
     """
 
     id: str
@@ -41,6 +41,7 @@ class Picture:
     seed: int
     path: str
     images: tuple[pathlib.Path, ...] = ()
+    references: tuple[pathlib.Path, ...] = ()  # of what shall be in a video
     video: pathlib.Path | None = None
     stills: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -277,4 +278,3 @@ def distinct(
 
 
 # What --prompts may name instead of a file.
-LAYOUTS: Mapping[str, type[GenEval]] = {'geneval': GenEval}

@@ -90,7 +90,7 @@ class OmniContextVideo(Layout):
                     index=i,
                     seed=seed,
                     path=f'{folder}/{key}.mp4',
-                    images=tuple(given(self.data, name) for name in row['input_images']),
+                    references=tuple(given(self.data, name) for name in row['input_images']),
                     stills=_stills(f'{folder}/frames/{key}', self.frames, self.fps),
                 )
             )
