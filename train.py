@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from metacanvas_jax.build import READERS, check_size, choose, part_sizes, picture_size
+from metacanvas_jax.build import check_size, choose, part_sizes, picture_size
 from metacanvas_jax.caching import cached_readers, fill, from_cache, open_caches
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
@@ -32,6 +32,7 @@ from metacanvas_jax.evaluate.shapes_score import EXAMS, examine, unanswered
 from metacanvas_jax.evaluate.sheet import contact_sheet, sheet
 from metacanvas_jax.loading import check_model, inherit, starting_model
 from metacanvas_jax.pipeline import Pipeline
+from metacanvas_jax.readers import READERS
 from metacanvas_jax.sharding import make_mesh, put_batch
 from metacanvas_jax.train.log import MetricLog
 from metacanvas_jax.train.objective import OBJECTIVES

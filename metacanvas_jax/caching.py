@@ -11,20 +11,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from metacanvas_jax.build import (
-    DTYPES,
-    build_encoder,
-    build_part,
-    build_pooled_tokenizer,
-    build_text_tokenizer,
-    build_visuals,
-    choose,
-    part_sizes,
-    weights_folder,
-)
+from metacanvas_jax.build import DTYPES, build_part, choose, part_sizes, weights_folder
 from metacanvas_jax.data.feature_cache import SHARD, FeatureCache
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import Asked, CachedReaders, Readers
+from metacanvas_jax.readers import (
+    build_encoder,
+    build_pooled_tokenizer,
+    build_text_tokenizer,
+    build_visuals,
+)
 from metacanvas_jax.sharding import MESH_AXES
 from metacanvas_jax.train.state import split_model
 from metacanvas_jax.types import InputError

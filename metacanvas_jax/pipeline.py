@@ -17,11 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from PIL import Image
 
-from metacanvas_jax.build import (
-    build_encoder,
-    build_readers,
-    choose,
-)
+from metacanvas_jax.build import choose
 from metacanvas_jax.data.records import Record
 from metacanvas_jax.data.tasks import TASKS, Asked
 from metacanvas_jax.data.visuals import to_float
@@ -33,6 +29,7 @@ from metacanvas_jax.flow.times import schedule
 from metacanvas_jax.geometry import Geometry, Job, Size
 from metacanvas_jax.loading import starting_model, trained
 from metacanvas_jax.metacanvas import MetaCanvas
+from metacanvas_jax.readers import build_encoder, build_readers
 from metacanvas_jax.sharding import BATCH_AXES, make_mesh
 from metacanvas_jax.train.workdir import read_config
 from metacanvas_jax.types import InputError, Texts, Visual

@@ -17,7 +17,7 @@ ROWS = [
     {'metacanvas'},
     {'data'},
     {'build', 'weights'},
-    {'train', 'checkpoint', 'evaluate', 'command', 'describe'},
+    {'readers', 'train', 'checkpoint', 'evaluate', 'command', 'describe'},
     {'loading', 'caching', 'geometry'},
     {'pipeline', 'dry_run'},
 ]

@@ -9,12 +9,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import quickstart, wan_stage1, wan_stage2, wan_stage3
-from metacanvas_jax.build import build_readers, latent_frames
+from metacanvas_jax.build import latent_frames
 from metacanvas_jax.data import visuals
 from metacanvas_jax.data.media import cover, letterbox, opaque, see_image, see_video
 from metacanvas_jax.data.records import Record
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import TASKS, Readers, diffusion_batch
+from metacanvas_jax.readers import build_readers
 from metacanvas_jax.types import Batch, InputError
 from tests import tiny_wan
 from tests.tiny_wan import FRAMES, HEIGHT, WIDTH, Clips
