@@ -12,14 +12,18 @@ import tempfile
 import av
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from metacanvas_jax.data.media import encode_video, read_image
+from metacanvas_jax.data.records import Record
 from metacanvas_jax.evaluate.benchmarks import BENCHMARKS, open_benchmark
 from metacanvas_jax.evaluate.layouts import ASSETS, Layout
 from metacanvas_jax.evaluate.picture_benchmarks import GEDIT_GROUPS, OMNICONTEXT_TASKS
 from metacanvas_jax.evaluate.video_benchmarks import VBench, VBenchI2V
 from metacanvas_jax.types import InputError
+from tests.test_bad_input import assert_one_line
+from tests.test_layouts import sample  # noqa: F401
 
 SHIPPED = ASSETS / 'vbench'
 T2V = json.loads((SHIPPED / 'VBench_full_info.json').read_text())
@@ -384,3 +388,81 @@ def test_errors_of_the_caller_are_told(data, tmp_path):
         write(tmp_path / 'b.json', text)
         with pytest.raises(InputError, match=message):
             open_layout('imgedit', tmp_path / 'b.json').pictures(0)
+
+
+# ---------------------------------------------------------------- through sample.py
+
+
+class Drawer:
+    """Draws grey, and remembers what it was shown."""
+
+    config = ConfigDict(dict(data=dict(fps=FPS)))
+
+    def __init__(self):
+        self.shown = []
+
+    def frames(self, frames=None):
+        return frames or 1
+
+    def record(self, prompt, images=(), references=(), video=None):
+        frames = 0 if video is None else len(video[0])
+        self.shown.append((len(images), len(references), frames))
+        return Record(prompt)
+
+    def sample(self, records, *, frames, **settings):
+        assert settings['task'] is None
+        return [self.frames(frames)] * len(records)
+
+    def decode(self, latents):
+        return np.full((len(latents), latents[0], 16, 16, 3), 128, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ('name', 'flags', 'shown'),
+    [
+        ('gedit', [], {(1, 0, 0)}),
+        ('imgedit', [], {(1, 0, 0)}),
+        ('omnicontext', [], {(1, 0, 0), (2, 0, 0)}),
+        ('omnicontext_video', ['--frames=9', '--fps=4'], {(0, 1, 0), (0, 2, 0)}),
+        ('video_edits', ['--frames=9', '--fps=4'], {(0, 0, 9), (0, 0, 3)}),
+    ],
+)
+def test_sample_fills_a_folder(data, sample, tmp_path, name, flags, shown):  # noqa: F811
+    drawer, out = Drawer(), tmp_path / 'out'
+    ask = [f'--prompts={name}={data[name]}', f'--output={out}', *flags]
+    code, _, stderr = sample('--checkpoint=any', *ask, pipe=drawer)
+    assert code == 0, stderr
+    assert {*drawer.shown} == shown
+    code, told, _ = sample('--check', *ask)
+    assert code == 0, told
+    again = Drawer()
+    assert sample('--checkpoint=any', *ask, pipe=again)[0] == 0
+    assert not again.shown
+
+
+def test_too_few_frames_for_the_stills(data, sample, tmp_path):  # noqa: F811
+    ask = ['--checkpoint=any', f'--prompts=video_edits={data["video_edits"]}', '--fps=4']
+    drawer = Drawer()
+    drawer.decode = lambda latents: np.zeros((len(latents), 5, 16, 16, 3), np.uint8)
+    code, _, stderr = sample(*ask, '--frames=9', f'--output={tmp_path}', pipe=drawer)
+    assert_one_line(code, stderr, 'wants frame 8, and 5 are drawn; give --frames')
+
+
+def test_lines_name_files_beside_their_own(data, sample, tmp_path):  # noqa: F811
+    lines = [
+        dict(prompt='a', image='a.jpg'),
+        dict(prompt='b', references=['a.jpg', 'raw.png'], id='two'),
+        dict(prompt='c', video='clip.mp4', seed=3),
+        dict(prompt='d'),
+    ]
+    file = jsonl(data['gedit'].parent / 'prompts.jsonl', lines)
+    drawer = Drawer()
+    ask = ['--checkpoint=any', f'--prompts={file}', f'--output={tmp_path}', '--frames=5']
+    code, _, stderr = sample(*ask, '--fps=4', pipe=drawer)
+    assert code == 0, stderr
+    assert drawer.shown == [(1, 0, 0), (0, 2, 0), (0, 0, 5), (0, 0, 0)]
+    assert contents(tmp_path) == {'0.mp4', 'two.mp4', '2.mp4', '3.mp4'}
+    (data['gedit'].parent / 'bad.jsonl').write_text('{"prompt": "a", "image": "none.png"}')
+    ask[1] = f'--prompts={data["gedit"].parent / "bad.jsonl"}'
+    code, _, stderr = sample(*ask, pipe=drawer)
+    assert_one_line(code, stderr, r'none\.png')
