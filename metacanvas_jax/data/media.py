@@ -115,38 +115,38 @@ def read_video(path: str | pathlib.Path, frames: int) -> tuple[np.ndarray, float
 
 def read_clip(path: str | pathlib.Path, frames: int, fps: float) -> np.ndarray:
     """The first frames at this rate, fewer of a shorter video: (F, H, W, 3) uint8."""
-    found, last = [], None
+    found, read, last, until = [], 0, None, 0.0
     try:
         with open(path, 'rb') as file:
             _check_start(file.read(_START), path)
+    except OSError as error:
+        raise InputError(f'cannot read {path}: {error.strerror}') from error
+    try:
         with av.open(path) as container:
             if not container.streams.video:
                 raise InputError(f'{path} holds no video')
             stream = container.streams.video[0]
             _check_size(path, stream.width, stream.height)
+            total, rate = stream.frames, stream.average_rate
             stream.thread_type = 'AUTO'
             for frame in container.decode(stream):
-                if frame.time is None:
+                if frame.time is None or not rate:
                     raise InputError(f'{path} does not say when its frames are shown')
-                # A time shows what began last before it; half a millisecond is rounding.
-                while last is not None and len(found) < frames:
-                    if len(found) / fps > frame.time - 5e-4:
-                        break
+                # A moment shows the frame that began last; half a millisecond is rounding.
+                while last is not None and len(found) / fps < frame.time - 5e-4:
                     found.append(last)
-                if len(found) == frames:
-                    break
-                last = _upright(frame)
-            else:
-                end = float((stream.duration or 0) * (stream.time_base or 0))
-                while last is not None and len(found) < frames and len(found) / fps < end:
-                    found.append(last)
-    except OSError as error:
-        raise InputError(f'cannot read {path}: {error.strerror}') from error
+                if len(found) >= frames:
+                    return np.stack(found[:frames])
+                last, until, read = _upright(frame), frame.time + float(1 / rate), read + 1
     except FFmpegError as error:
-        raise InputError(f'{path} is cut off after {len(found)} frames') from error
-    if not found:
-        raise InputError(f'{path} has no frames; is it cut off?')
-    return np.stack(found)
+        if read:
+            raise InputError(f'{path} is cut off after {read} frames') from error
+        raise InputError(f'{path} is no video, or cut off: {error.strerror}') from error
+    if last is None or read < total:
+        raise InputError(f'{path} is cut off: {read} of its {total} frames read')
+    while len(found) / fps < until - 5e-4:
+        found.append(last)
+    return np.stack(found[:frames])
 
 
 def _count(path: str | pathlib.Path) -> int:
