@@ -9,6 +9,7 @@ python sample.py --checkpoint DIR --task describe --image FILE --prompt TEXT [--
 A published system instead of a checkpoint: --config configs/base.py:qwen --config.weights.mllm=DIR
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -20,10 +21,12 @@ from PIL import Image, PngImagePlugin
 
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
-from metacanvas_jax.data.media import Media, encode_video, read_image, read_video
+from metacanvas_jax.data.media import Media, encode_video, read_clip, read_image, read_video
 from metacanvas_jax.data.tasks import TASKS
 from metacanvas_jax.describe import Describer
-from metacanvas_jax.evaluate.layouts import LAYOUTS, Picture
+from metacanvas_jax.evaluate.benchmarks import BENCHMARKS, open_benchmark
+from metacanvas_jax.evaluate.layouts import VIDEO, Layout, Picture
+from metacanvas_jax.evaluate.prompts_file import read_prompts
 from metacanvas_jax.pipeline import Pipeline, load
 from metacanvas_jax.types import InputError
 
@@ -31,7 +34,12 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string('checkpoint', None, 'A train workdir, or one of its steps.')
 flags.DEFINE_string('output', None, 'The file to write; with --prompts a folder.')
 flags.DEFINE_string('prompt', None, 'What to draw, or to answer.')
-flags.DEFINE_string('prompts', None, f'A .jsonl of prompt, id, seed; or of {", ".join(LAYOUTS)}.')
+flags.DEFINE_string(
+    'prompts',
+    None,
+    'A .jsonl of prompt, id, seed, image, video, references; or a benchmark, NAME or NAME=FILE of '
+    f'your own data: {", ".join(BENCHMARKS)}.',
+)
 flags.DEFINE_bool('check', default=False, help='Only says what the folder of a benchmark lacks.')
 flags.DEFINE_integer('processes', 1, 'Of so many, each draws its share of a benchmark.')
 flags.DEFINE_integer('process', 0, 'Which one this is, from 0.')
@@ -48,7 +56,8 @@ flags.DEFINE_string('noise', None, 'Initial latents, .npy fp32 (H, W, C), or (B,
 flags.DEFINE_string('latents', None, 'Where to write the final latents, in the same layout.')
 flags.DEFINE_string('canvas_map', None, 'Where to write a map of the canvas features (App. I).')
 flags.DEFINE_multi_string('image', [], 'A picture that the prompt is about; several are allowed.')
-flags.DEFINE_string('video', None, 'A video that the prompt is about.')
+flags.DEFINE_multi_string('reference', [], 'A picture of what shall be in the video to draw.')
+flags.DEFINE_string('video', None, 'A video that the prompt is about, or edits.')
 flags.DEFINE_integer('frames', None, 'Of a video to draw; how many of --video the MLLM sees (8).')
 flags.DEFINE_float('fps', None, 'Of a video to draw: frames a second.')
 flags.DEFINE_integer('max_new_tokens', 128, 'The longest answer of --task describe.')
@@ -57,6 +66,7 @@ flags.DEFINE_float('top_p', 1.0, 'Of --task describe: draws from so much of the 
 define_config()
 
 DESCRIBE = 'describe'  # the one task without a picture to draw
+EDIT = 'edit'  # the one that cannot do without a picture to look at
 
 
 def main() -> None:
@@ -67,31 +77,39 @@ def main() -> None:
         answer(open_system(), *media)
     elif FLAGS.prompts is None:
         noise = None if FLAGS.noise is None else read_noise(pathlib.Path(FLAGS.noise))
-        first = read_image(FLAGS.image[0]) if FLAGS.image else None
-        sample_prompt(open_pipeline(), noise, first)
-    elif FLAGS.prompts in LAYOUTS:
-        sample_benchmark()
+        sample_prompt(noise)
+    elif (layout := benchmark()) is not None:
+        sample_benchmark(layout)
     else:
-        records = read_prompts(pathlib.Path(FLAGS.prompts))
-        sample_prompts(open_pipeline(), records)
+        sample_prompts(pathlib.Path(FLAGS.prompts))
+
+
+def benchmark() -> Layout | None:
+    if FLAGS.prompts is None:
+        return None
+    return open_benchmark(
+        FLAGS.prompts, samples=FLAGS.num_images, frames=FLAGS.frames, fps=FLAGS.fps
+    )
 
 
 def check_flags() -> None:
-    if FLAGS.check and FLAGS.prompts not in LAYOUTS:
-        raise InputError(f'--check wants --prompts of a benchmark: {", ".join(LAYOUTS)}')
+    if FLAGS.check and benchmark() is None:
+        raise InputError(f'--check wants --prompts of a benchmark: {", ".join(BENCHMARKS)}')
     if not FLAGS.check and (FLAGS.checkpoint is None) == (FLAGS.config is None):
         raise InputError('give either --checkpoint or --config')
     if (FLAGS.prompt is None) == (FLAGS.prompts is None):
         raise InputError('give either --prompt or --prompts')
-    if FLAGS.task not in (None, *TASKS, DESCRIBE):
-        known = ', '.join((*TASKS, DESCRIBE))
+    tasks = tuple(dict.fromkeys((*TASKS, EDIT, DESCRIBE)))
+    if FLAGS.task not in (None, *tasks):
+        known = ', '.join(tasks)
         raise InputError(f'--task {FLAGS.task!r} is unknown; there are: {known}')
     if FLAGS.task == DESCRIBE and FLAGS.prompts:
         raise InputError('--task describe takes one --prompt')
-    if FLAGS.task != DESCRIBE and (FLAGS.video or len(FLAGS.image) > 1):
+    if FLAGS.task == EDIT and FLAGS.prompt and not FLAGS.image:
+        raise InputError('--task edit wants --image, the picture that --prompt is to change')
+    if FLAGS.prompts and (FLAGS.image or FLAGS.reference or FLAGS.video):
         raise InputError(
-            '--video and several --image go with --task describe; to draw give --prompt, or '
-            '--prompts, and for a video --image, its first frame'
+            '--image, --reference and --video go with --prompt; a file of --prompts names its own'
         )
     if FLAGS.task != DESCRIBE and FLAGS.output is None:
         raise InputError('--output is missing')
@@ -101,7 +119,7 @@ def check_flags() -> None:
             raise InputError(f'--{name} must be at least 1, got {value}')
     if not 0 <= FLAGS.process < FLAGS.processes:
         raise InputError(f'--process {FLAGS.process} is not one of {FLAGS.processes}, from 0')
-    if FLAGS.processes > 1 and FLAGS.prompts not in LAYOUTS:
+    if FLAGS.processes > 1 and benchmark() is None:
         raise InputError('--processes goes with --prompts of a benchmark')
     if FLAGS.temperature < 0 or not 0 < FLAGS.top_p <= 1:
         raise InputError(
@@ -171,20 +189,23 @@ def answer(
 # ---------------------------------------------------------------- one prompt
 
 
-def sample_prompt(pipe: Pipeline, noise: np.ndarray | None, first: np.ndarray | None) -> None:
+def sample_prompt(noise: np.ndarray | None) -> None:
+    shown = [[read_image(path) for path in paths] for paths in (FLAGS.image, FLAGS.reference)]
+    pipe = open_pipeline()
     if FLAGS.canvas_map and not pipe.has_canvas:
         raise InputError('--canvas_map: this model has no canvas (config.canvas.fuse is none)')
     output = pathlib.Path(FLAGS.output)
+    record = pipe.record(FLAGS.prompt, shown[0], shown[1], read_source(pipe, FLAGS.video))
     if noise is not None:
-        noise = pipe.given_noise(noise, (FLAGS.height, FLAGS.width), FLAGS.frames)
+        noise = pipe.given_noise(noise, record, (FLAGS.height, FLAGS.width), FLAGS.frames)
     n = (FLAGS.num_images or 1) if noise is None else len(noise)
     latents = [
         pipe.sample(
-            [FLAGS.prompt] * len(part),
+            [record] * len(part),
             indices=part,
             seed=FLAGS.seed,
             noise=None if noise is None else noise[part.start : part.stop],
-            first=first,
+            task=FLAGS.task,
             **settings(),
         )
         for part in parts(n)
@@ -203,7 +224,7 @@ def sample_prompt(pipe: Pipeline, noise: np.ndarray | None, first: np.ndarray | 
         final = final[:, 0] if final.shape[1] == 1 else final
         write(pathlib.Path(FLAGS.latents), lambda file: np.save(file, squeeze(final)))
     if FLAGS.canvas_map:
-        feature = pipe.canvas_features([FLAGS.prompt], indices=[0], seed=FLAGS.seed)[0, 0]
+        feature = pipe.canvas_features([record], indices=[0], seed=FLAGS.seed)[0, 0]
         side = pictures.shape[2]
         colours = Image.fromarray((pca_map(feature) * 255).round().astype(np.uint8))
         colours = colours.resize((pictures.shape[3], side), Image.Resampling.NEAREST)
@@ -232,72 +253,66 @@ def squeeze(latents: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- a file of prompts
 
 
-def read_prompts(path: pathlib.Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise InputError(f'--prompts {path} does not exist')
-    records = []
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InputError(f'{path}:{number} is not JSON: {error}') from error
-        if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
-            raise InputError(f'{path}:{number} wants an object with "prompt", got {line[:60]!r}')
-        if type(record.get('seed', 0)) is not int:
-            raise InputError(f'{path}:{number}: seed wants an int, got {record["seed"]!r}')
-        if unknown := set(record) - {'prompt', 'id', 'seed'}:
-            raise InputError(
-                f'{path}:{number}: {sorted(unknown)[0]!r} cannot be given to this model; '
-                'legal are prompt, id, seed'
-            )
-        records.append(
-            {'id': str(len(records)), 'seed': FLAGS.seed, **record, 'index': len(records)}
-        )
-    if not records:
-        raise InputError(f'--prompts {path} holds no prompt')
-    names = [str(record['id']) for record in records]
-    if len(set(names)) < len(names):
-        raise InputError(f'{path}: two prompts have the same id')
-    if bad := [name for name in names if '/' in name or name in ('.', '..')]:
-        raise InputError(f'{path}: id {bad[0]!r} is not a file name')
-    return records
-
-
-def sample_prompts(pipe: Pipeline, records: list[dict[str, Any]]) -> None:
-    """One picture a line, named by its id; existing ones are kept, so a killed run resumes."""
-    pictures = [Picture(path=f'{record["id"]}.png', **record) for record in records]
-    todo = [
-        picture for picture in pictures if not pathlib.Path(FLAGS.output, picture.path).exists()
-    ]
-    print(f'{len(records)} prompts, {len(records) - len(todo)} already there')
+def sample_prompts(file: pathlib.Path) -> None:
+    """One result a line, named by its id; existing ones are kept, so a killed run resumes."""
+    pictures = read_prompts(file, FLAGS.seed)
+    pipe = open_pipeline()
+    suffix = VIDEO if pipe.frames(FLAGS.frames) > 1 else '.png'
+    pictures = [dataclasses.replace(p, path=f'{p.path}{suffix}') for p in pictures]
+    todo = [p for p in pictures if not pathlib.Path(FLAGS.output, p.path).exists()]
+    print(f'{len(pictures)} prompts, {len(pictures) - len(todo)} already there')
     draw(pipe, todo)
 
 
 def draw(pipe: Pipeline, pictures: list[Picture]) -> None:
+    """Those that are about no file in batches; the others one by one, each of its own size."""
+    alone = [p for p in pictures if p.images or p.references or p.video]
+    groups = [[picture] for picture in alone]
     for seed in dict.fromkeys(picture.seed for picture in pictures):
-        group = [picture for picture in pictures if picture.seed == seed]
-        for part in parts(len(group)):
-            chosen = group[part.start : part.stop]
-            latents = pipe.sample(
-                [picture.prompt for picture in chosen],
-                indices=[picture.index for picture in chosen],
-                seed=seed,
-                **settings(),
+        same = [p for p in pictures if p.seed == seed and p not in alone]
+        groups += [same[part.start : part.stop] for part in parts(len(same))]
+    for group in groups:
+        records = [
+            pipe.record(
+                picture.prompt,
+                [read_image(path) for path in picture.images],
+                [read_image(path) for path in picture.references],
+                read_source(pipe, picture.video),
             )
-            for picture, pixels in zip(chosen, pipe.decode(latents), strict=True):
-                facts = {'prompt': picture.prompt, 'seed': seed, 'index': picture.index}
-                write_picture(pixels[0], pathlib.Path(FLAGS.output, picture.path), facts)
+            for picture in group
+        ]
+        indices, seed = [picture.index for picture in group], group[0].seed
+        latents = pipe.sample(records, indices=indices, seed=seed, task=FLAGS.task, **settings())
+        for picture, frames in zip(group, pipe.decode(latents), strict=True):
+            save(pipe, picture, frames)
+
+
+def read_source(pipe: Pipeline, video: str | pathlib.Path | None):
+    """Of a video to edit as many frames as are drawn, at their rate."""
+    if video is None:
+        return None
+    fps = FLAGS.fps or pipe.config.data.get('fps', 1.0)
+    return read_clip(video, pipe.frames(FLAGS.frames), fps), fps
+
+
+def save(pipe: Pipeline, picture: Picture, frames: np.ndarray) -> None:
+    facts = {'prompt': picture.prompt, 'seed': picture.seed, 'index': picture.index}
+    path = pathlib.Path(FLAGS.output, picture.path)
+    if (last := max(picture.stills.values(), default=0)) >= len(frames):
+        raise InputError(f'{path} wants frame {last}, and {len(frames)} are drawn; give --frames')
+    for still, at in picture.stills.items():
+        write_picture(frames[at], pathlib.Path(FLAGS.output, still), facts)
+    if path.suffix == VIDEO:
+        write_video(frames, path, facts, FLAGS.fps or pipe.config.data.fps)
+    else:
+        write_picture(frames[0], path, facts)
 
 
 # ---------------------------------------------------------------- a benchmark
 
 
-def sample_benchmark() -> None:
+def sample_benchmark(layout: Layout) -> None:
     """Whole files are kept, so a killed run resumes; each process has its own share of them."""
-    kind, n = LAYOUTS[FLAGS.prompts], FLAGS.num_images
-    layout = kind() if n is None else kind(n)
     folder, mine = pathlib.Path(FLAGS.output), slice(FLAGS.process, None, FLAGS.processes)
     faults = layout.faults(folder)
     if FLAGS.check:
@@ -305,13 +320,16 @@ def sample_benchmark() -> None:
         sys.exit(1 if faults else 0)
     faulty = {fault.path for fault in faults}
     pictures = layout.pictures(FLAGS.seed)[mine]
-    todo = [picture for picture in pictures if picture.path in faulty]
+    todo = [picture for picture in pictures if not faulty.isdisjoint(picture.paths)]
     print(f'{len(pictures)} pictures, {len(pictures) - len(todo)} already there')
     if todo:
         draw(open_pipeline(), todo)
     for path, line in list(layout.lines().items())[mine]:
         if path in faulty:
             write(folder / path, lambda file, line=line: file.write(f'{line}\n'.encode()))
+    for path, source in list(layout.sources().items())[mine]:
+        if path in faulty:
+            write(folder / path, source.save)
 
 
 # ---------------------------------------------------------------- files

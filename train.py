@@ -15,21 +15,24 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
+from PIL import Image
 
-from metacanvas_jax.build import READERS, check_size, choose, part_sizes
+from metacanvas_jax.build import check_size, choose, part_sizes, picture_size
 from metacanvas_jax.caching import cached_readers, fill, from_cache, open_caches
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
 from metacanvas_jax.data.feature_cache import FeatureCache
-from metacanvas_jax.data.loader import Loader
-from metacanvas_jax.data.shapes import SPLITS, requests
+from metacanvas_jax.data.loader import Loader, process_rows
+from metacanvas_jax.data.records import Record
+from metacanvas_jax.data.shapes import SPLITS
 from metacanvas_jax.data.sources import SOURCES
-from metacanvas_jax.data.tasks import BATCHES
-from metacanvas_jax.evaluate.shapes_score import shapes_score
-from metacanvas_jax.evaluate.sheet import contact_sheet
-from metacanvas_jax.loading import check_model, starting_model
+from metacanvas_jax.data.tasks import BATCHES, TASKS
+from metacanvas_jax.evaluate.shapes_score import EXAMS, examine, unanswered
+from metacanvas_jax.evaluate.sheet import contact_sheet, sheet
+from metacanvas_jax.loading import check_model, inherit, starting_model
 from metacanvas_jax.pipeline import Pipeline
+from metacanvas_jax.readers import READERS
 from metacanvas_jax.sharding import make_mesh, put_batch
 from metacanvas_jax.train.log import MetricLog
 from metacanvas_jax.train.objective import OBJECTIVES
@@ -64,6 +67,7 @@ def main() -> None:
 def check(config: ConfigDict) -> None:
     """Refuses what cannot work before there is a workdir and before anything is compiled."""
     counts = {
+        'video_batch_size': config.get('video_batch_size', 1),
         'steps': config.steps,
         'batch_size': config.batch_size,
         'accumulate': config.accumulate,
@@ -76,7 +80,7 @@ def check(config: ConfigDict) -> None:
     make_mesh(**config.mesh)
     check_model(config)
     if config.objective == 'flow':
-        check_size(config, config.data.size, config.data.size)
+        check_size(config, *picture_size(config))
     if config.data.get('cache') is not None:
         if config.sample.every:
             raise InputError(
@@ -84,7 +88,9 @@ def check(config: ConfigDict) -> None:
                 'has no autoencoder to draw with; set it to 0, and draw with sample.py'
             )
         open_caches(config)
-    make_loader(config).batch(0)
+    loader = make_loader(config)
+    loader.try_tasks()
+    loader.batch(0)
 
 
 def make_loader(config: ConfigDict, caches: Mapping[str, FeatureCache] | None = None) -> Loader:
@@ -94,16 +100,25 @@ def make_loader(config: ConfigDict, caches: Mapping[str, FeatureCache] | None = 
         readers = READERS[config.objective](config)
     else:
         sources, readers = caches, cached_readers(config, caches)
+    names = {name: _batch_size(config, name) for name in config.data.tasks}
+    for name in {*names.values()}:
+        process_rows(config[name], config.accumulate, name)
     return Loader(
         sources,
         config.data.tasks,
         functools.partial(BATCHES[config.objective], readers),
-        batch=config.batch_size,
+        batch={task: config[name] for task, name in names.items()},
         accumulate=config.accumulate,
         seed=config.data.seed,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
     )
+
+
+def _batch_size(config: ConfigDict, task: str) -> str:
+    """Videos have their own where there are any."""
+    video = config.objective == 'flow' and task in TASKS and TASKS[task].video
+    return 'video_batch_size' if video else 'batch_size'
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -119,6 +134,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         fill(config, caches, show)
         config = from_cache(config)
     graphdef, trainable, frozen = starting_model(config, mesh)
+    trainable = inherit(config, trainable)
     show(trainable_table(config.trainable, nnx.merge(graphdef, trainable, frozen)))
     optimizer = OptimizerConfig(**config.optimizer)
     tx = make_optimizer(optimizer, config.steps)
@@ -185,12 +201,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                 pipe = pipe.with_state(merge(state, frozen)) if pipe else draw()
                 draw_samples(pipe, workdir, step)
 
-    if config.evaluate.kind == 'shapes' and not (workdir / 'score.json').exists():
+    if config.evaluate.kind in EXAMS and not (workdir / 'score.json').exists():
         scores = score(pipe.with_state(merge(state, frozen)) if pipe else draw())
         scores |= {'steps': config.steps, 'seconds': round(seconds(), 1)}
         if jax.process_index() == 0:
             write_text(workdir / 'score.json', json.dumps(scores, indent=2) + '\n')
-        show('score', json.dumps({split: scores[split]['overall'] for split in SPLITS}))
+        show('score', json.dumps(overall(scores)))
     if config.evaluate.kind == 'export':
         export_weights(config, state, workdir)
 
@@ -201,44 +217,65 @@ def merge(state: TrainState, frozen: nnx.State) -> nnx.State:
 
 
 def draw_samples(pipe: Pipeline, workdir: pathlib.Path, step: int) -> None:
-    """samples/step_N: a sheet of pictures, and canvas maps.
+    """samples/step_N: of each task a sheet of what is shown, drawn and wanted, and canvas maps.
 
-    Without prompts of its own, those of the shapes world, half of them held out.
+    Without prompts of its own, what the shapes world asks, half of it held out.
     """
-    config = pipe.config
-    asked = list(config.sample.prompts) or [
-        request.caption
-        for split in SPLITS
-        for request in requests(split, -(-config.sample.count // 12), config.seed)
-    ]
-    asked = asked[: config.sample.count]
-    indices = range(len(asked))
-    folder = workdir / 'samples' / f'step_{step}'
-    pictures = pipe.decode(pipe.sample(asked, indices=indices, seed=config.seed))[:, 0]
-    save_sheet(pictures, asked, folder / 'grid.png')
-    if pipe.has_canvas:
-        features = pipe.canvas_features(asked, indices=indices, seed=config.seed)[:, 0]
-        maps = np.stack([pca_map(feature) for feature in features])
-        save_sheet((maps * 255).round().astype(np.uint8), asked, folder / 'canvas.png')
+    config, folder = pipe.config, workdir / 'samples' / f'step_{step}'
+    exams = EXAMS.get(config.evaluate.kind, EXAMS['shapes'])
+    for task, exam in exams.items():
+        told = [Record(text) for text in config.sample.prompts] or [
+            exam.record(one, config.data)
+            for split in SPLITS
+            for one in exam.requests(split, -(-config.sample.count // 12), config.seed)
+        ]
+        told = told[: config.sample.count]
+        records = [unanswered(record) for record in told]
+        indices = range(len(told))
+        drawn = pipe.decode(pipe.sample(records, indices=indices, seed=config.seed))
+        name = '' if len(exams) == 1 else f'{task}_'
+        save(sheet(told, drawn), folder / f'{name}grid.png')
+        if pipe.has_canvas:
+            features = pipe.canvas_features(records, indices=indices, seed=config.seed)[:, 0]
+            maps = np.stack([pca_map(feature) for feature in features])
+            maps, texts = (maps * 255).round().astype(np.uint8), [record.text for record in told]
+            save(contact_sheet(maps, texts), folder / f'{name}canvas.png')
 
 
-def save_sheet(pictures: np.ndarray, captions: list[str], path: pathlib.Path) -> None:
+def save(image: Image.Image, path: pathlib.Path) -> None:
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f'.{path.name}')
-        contact_sheet(pictures, captions).save(temporary, 'PNG')
+        image.save(temporary, 'PNG')
         temporary.replace(path)
 
 
 def score(pipe: Pipeline) -> dict:
-    seed, evaluate = pipe.config.seed, pipe.config.evaluate
+    """Of each task where there are several."""
+    config = pipe.config
 
-    def draw(captions: list[str], indices: range) -> np.ndarray:
-        return pipe.decode(pipe.sample(captions, indices=indices, seed=seed))[:, 0]
+    def draw(records: list[Record], indices: range) -> np.ndarray:
+        return pipe.decode(pipe.sample(records, indices=indices, seed=config.seed))
 
-    return shapes_score(
-        draw, per_category=evaluate.per_category, batch=evaluate.batch_size, seed=seed
+    settings = dict(
+        per_category=config.evaluate.per_category,
+        batch=config.evaluate.batch_size,
+        seed=config.seed,
     )
+    scores = {
+        task: examine(exam, draw, config.data, **settings)
+        for task, exam in EXAMS[config.evaluate.kind].items()
+    }
+    return scores if len(scores) > 1 else scores.popitem()[1]
+
+
+def overall(scores: dict) -> dict:
+    """Of score.json the one figure of each split."""
+    of_tasks = {name: found for name, found in scores.items() if isinstance(found, dict)}
+    return {
+        name: found['overall'] if 'overall' in found else overall(found)
+        for name, found in of_tasks.items()
+    }
 
 
 def export_weights(config: ConfigDict, state, workdir: pathlib.Path) -> None:

@@ -7,6 +7,8 @@
 
     python sample.py --config configs/base.py:wan ... --prompt TEXT [--image FILE] \\
         --output FILE.mp4
+    python sample.py --config configs/base.py:flux ... --config.weights.pooled_encoder=DIR \\
+        --prompt TEXT [--image FILE] --output FILE.png
 
 Each DIR is what `python -m convert import` wrote; it says how large the model is.
 """
@@ -97,7 +99,31 @@ def wan() -> ConfigDict:
     return config
 
 
-VARIANTS = {'qwen': qwen, 'sana': sana, 'wan': wan}
+def flux() -> ConfigDict:
+    """FLUX.1-Kontext-dev (or dev), text to picture, or with --image that one edited.
+
+    T5 and CLIP, 28 Euler steps along times that depend on the size, and the guidance that was
+    distilled into the model: --config.sample.embedded_guidance. Beside it stands --guidance with a
+    --negative_prompt, which diffusers calls true CFG.
+    """
+    config = ConfigDict()
+    config.objective = 'flow'
+    config.seed = 0
+    config.dtype = 'bfloat16'
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.weights = dict(backbone=None, vae=None, text_encoder=None, pooled_encoder=None)
+    config.trainable = ()
+    config.text_encoder = dict(kind='t5', size=None, tokenizer=None, tokens=512)
+    config.pooled_encoder = dict(kind='clip', size=None, tokenizer=None, tokens=77)
+    config.context = dict(kind='encoder')
+    config.backbone = dict(kind='flux', size=None, remat='none')
+    config.vae = dict(kind='flux_ae', size=None)
+    config.data = dict(size=1024, sizes='kontext', text_dropout=0.0)
+    config.sample = dict(solver='euler_dynamic', steps=28, guidance=1.0, embedded_guidance=3.5)
+    return config
+
+
+VARIANTS = {'qwen': qwen, 'sana': sana, 'wan': wan, 'flux': flux}
 
 
 def get_config(variant: str) -> ConfigDict:

@@ -32,12 +32,51 @@ def metaquery(config: ConfigDict) -> None:
     config.trainable = ('context/.*', 'backbone/.*')
 
 
+def flux(config: ConfigDict) -> None:
+    """Editing with a FLUX-shaped DiT: the MLLM sees the picture, which stands beside the target."""
+    config.steps = 1400
+    config.backbone = dict(
+        kind='flux',
+        remat='none',
+        in_channels=48,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=128,
+        pooled_projection_dim=8,
+        axes_dims_rope=(8, 12, 12),
+    )
+    config.vae.stride = 2
+    config.pooled_encoder = dict(kind='stored', width=8)
+    config.weights.pooled_encoder = 'random'
+    config.prompt.buckets = (96, 128)
+    config.flow.embedded_guidance = 1.0
+    config.data.tasks = dict(edit=1.0)
+    config.optimizer.cooldown_steps = 700
+    config.sample.update(every=700, guidance=1.0, embedded_guidance=1.0)
+    config.evaluate.kind = 'edits'
+
+
+def flux_no_canvas(config: ConfigDict) -> None:
+    """The baseline of editing."""
+    flux(config)
+    no_canvas(config)
+
+
 def no_plan(config: ConfigDict) -> None:
     """The paper's prompt: an empty response stands before the canvas."""
     config.prompt.update(plan_tokens=0, buckets=(40, 64, 128))
 
 
-VARIANTS = {'sana': sana, 'no_canvas': no_canvas, 'metaquery': metaquery, 'no_plan': no_plan}
+VARIANTS = {
+    'sana': sana,
+    'no_canvas': no_canvas,
+    'metaquery': metaquery,
+    'no_plan': no_plan,
+    'flux': flux,
+    'flux_no_canvas': flux_no_canvas,
+}
 
 
 def get_config(variant: str = 'sana') -> ConfigDict:

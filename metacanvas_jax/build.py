@@ -21,18 +21,19 @@ from metacanvas_jax.canvas.canvas_connector import Canvas, NoCanvas
 from metacanvas_jax.canvas.config import CanvasConfig, ContextConfig
 from metacanvas_jax.canvas.context_connector import Context, ContextConnector, EncoderText, NoText
 from metacanvas_jax.canvas.queries import MetaQueries, NoQueries, QueryConfig
-from metacanvas_jax.data.prompts import ChatTokenizer
-from metacanvas_jax.data.sana_prompts import READS
-from metacanvas_jax.data.tasks import Encoder, Readers, TextTokenizer
-from metacanvas_jax.data.wan_prompts import WanTokenizer
 from metacanvas_jax.layers.linear import LoraConfig
 from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.mllm import config as mllm_presets
 from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
-from metacanvas_jax.mllm.windows import VisionBuckets
-from metacanvas_jax.text_encoders import gemma2, t5
-from metacanvas_jax.text_encoders.base import CachedStates
+from metacanvas_jax.text_encoders import clip, gemma2, t5
+from metacanvas_jax.text_encoders.base import (
+    CachedStates,
+    StoredVector,
+    VectorConfig,
+    read_vector_config,
+)
+from metacanvas_jax.text_encoders.clip import Clip, ClipConfig
 from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config
 from metacanvas_jax.text_encoders.t5 import T5, T5Config
 from metacanvas_jax.types import InputError
@@ -54,41 +55,58 @@ class Part:
     """A kind of module: its class, its sizes, and where sizes come from.
 
     A config's group spells the sizes out, or names a preset as `size`; with `size` None the
-    config.json of the weights decides.
+    config.json of the weights decides. `changes` in the group are made to either. What they add
+    is `new`: parameters below these names begin as they are built where weights lack them. What
+    they take away is `unused`, which weights may hold.
     """
 
-    module: Callable[..., Any]
+    module: type[Any]
     sizes: Callable[..., Any]
     presets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_config: Callable[[pathlib.Path], Any] | None = None
+    new: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 MLLMS = {'qwen2_5_vl': Part(Qwen, QwenConfig, mllm_presets.PRESETS, mllm_presets.read_config)}
 BACKBONES = {
     'sana': Part(Sana, SanaConfig, sana.PRESETS, sana.read_config),
     'flux': Part(Flux, FluxConfig, read_config=flux.read_config),
-    'wan': Part(Wan, WanConfig, read_config=wan_config.read_config),
+    'wan': Part(
+        Wan,
+        WanConfig,
+        wan_config.PRESETS,
+        wan_config.read_config,
+        new=('condition_embedding/',),
+        unused=('text_embedder/',),
+    ),
 }
 VAES = {
     'pixel': Part(PixelVae, PixelConfig),
     'dc_ae': Part(DcAe, DcAeConfig, dc_ae_config.PRESETS, dc_ae_config.read_config),
     'flux_ae': Part(FluxAe, FluxAeConfig, read_config=flux_ae_config.read_config),
-    'wan_vae': Part(WanVae, WanVaeConfig, read_config=wan_vae_config.read_config),
+    'wan_vae': Part(WanVae, WanVaeConfig, wan_vae_config.PRESETS, wan_vae_config.read_config),
     'cached': Part(CachedLatents, CachedConfig),
 }
 TEXT_ENCODERS = {
     'gemma2': Part(Gemma2, Gemma2Config, gemma2.PRESETS, gemma2.read_config),
+    't5': Part(T5, T5Config, read_config=t5.read_config),
     'umt5': Part(T5, T5Config, read_config=t5.read_config),
     'cached': Part(CachedStates, dict),
+}
+POOLED_ENCODERS = {
+    'clip': Part(Clip, ClipConfig, read_config=clip.read_config),
+    'stored': Part(StoredVector, VectorConfig, read_config=read_vector_config),
 }
 PARTS = {
     'mllm': MLLMS,
     'backbone': BACKBONES,
     'vae': VAES,
     'text_encoder': TEXT_ENCODERS,
+    'pooled_encoder': POOLED_ENCODERS,
 }
 _SETTINGS = {  # what a group holds besides sizes
-    *('kind', 'size', 'remat', 'lora'),
+    *('kind', 'size', 'changes', 'remat', 'lora'),
     *('tokenizer', 'tokens', 'instruction', 'reads'),
 }
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
@@ -100,6 +118,7 @@ COMPONENTS = {
         'backbone': 'backbone/',
         'vae': 'vae/',
         'text_encoder': 'text_encoder/',
+        'pooled_encoder': 'pooled_encoder/',
         'context_connector': 'context/text/',
     },
     'next_token': {'mllm': ''},
@@ -137,13 +156,14 @@ def find_part(config: ConfigDict, name: str) -> Part:
 def part_sizes(config: ConfigDict, name: str) -> Any:
     """The sizes of config.NAME; the config.json of its weights, where it has some, must agree."""
     part, group, folder = find_part(config, name), config[name], weights_folder(config, name)
-    found = None
+    found, changes = None, group.get('changes', {})
     if folder is not None and part.read_config is not None:
-        found = part.read_config(folder)
+        found = dataclasses.replace(part.read_config(folder), **changes)
     if 'size' not in group:
         wanted = part.sizes(**{k: v for k, v in group.items() if k not in _SETTINGS})
     elif group.size is not None:
-        wanted = choose(part.presets, group.size, f'config.{name}.size')
+        preset = choose(part.presets, group.size, f'config.{name}.size')
+        wanted = dataclasses.replace(preset, **changes)
     elif found is not None:
         return found
     else:
@@ -160,70 +180,35 @@ def part_sizes(config: ConfigDict, name: str) -> Any:
     return wanted
 
 
+def size_multiple(config: ConfigDict) -> int:
+    """Pixels on a side of a token: the VAE's stride times the DiT's patch."""
+    return part_sizes(config, 'vae').stride * part_sizes(config, 'backbone').patch_size
+
+
 def check_size(config: ConfigDict, height: int, width: int) -> None:
-    """Pixels must be multiples of the VAE's stride times the DiT's patch."""
-    multiple = part_sizes(config, 'vae').stride * part_sizes(config, 'backbone').patch_size
+    multiple = size_multiple(config)
     for name, size in (('height', height), ('width', width)):
         if size <= 0 or size % multiple:
             nearest = max(1, round(size / multiple)) * multiple
             raise InputError(f'{name} {size} is not a multiple of {multiple} (nearest: {nearest})')
 
 
-# ---------------------------------------------------------------- what reads, on the host
+def picture_size(config: ConfigDict) -> tuple[int, int]:
+    """Rows and columns."""
+    data = config.data
+    return (data.height, data.width) if 'height' in data else (data.size, data.size)
 
 
-def build_encoder(config: ConfigDict) -> Encoder:
-    return Encoder(
-        tokenizer=ChatTokenizer(_tokenizer(config, 'prompt', 'mllm')),
-        mllm=part_sizes(config, 'mllm'),
-        buckets=tuple(config.prompt.buckets),
-        vision_buckets=VisionBuckets(
-            pictures=tuple(config.prompt.pictures), windows=tuple(config.prompt.windows)
-        ),
-        min_pixels=config.prompt.min_pixels,
-        max_pixels=config.prompt.max_pixels,
-        plan_tokens=config.prompt.plan_tokens,
-        max_text=config.prompt.max_text,
-    )
-
-
-def _sana_tokenizer(group: ConfigDict, folder: pathlib.Path) -> TextTokenizer:
-    kind = choose(READS, group.reads, 'config.text_encoder.reads')
-    options = {} if group.instruction else {'instruction': ''}
-    return kind(folder, size=group.tokens, **options)
-
-
-# config.text_encoder.kind -> its host side
-TEXT_TOKENIZERS = {
-    'gemma2': _sana_tokenizer,
-    'umt5': lambda group, folder: WanTokenizer(folder, size=group.tokens),
-}
-
-
-def build_text_tokenizer(config: ConfigDict) -> TextTokenizer:
-    folder = _tokenizer(config, 'text_encoder', 'text_encoder')
-    return TEXT_TOKENIZERS[config.text_encoder.kind](config.text_encoder, folder)
-
-
-def _tokenizer(config: ConfigDict, group: str, name: str) -> pathlib.Path:
-    """Converted weights hold their own."""
-    if (given := config[group].tokenizer) is not None:
-        return shipped(given)
-    if (folder := weights_folder(config, name)) is None:
-        raise InputError(f'config.{group}.tokenizer is missing; give a folder with tokenizer.json')
-    return folder
-
-
-def build_readers(config: ConfigDict) -> Readers:
-    return Readers(
-        mllm=build_encoder(config) if 'mllm' in config else None,
-        text_encoder=build_text_tokenizer(config) if 'text_encoder' in config else None,
-        text_dropout=config.data.text_dropout,
-    )
-
-
-# config.objective -> what makes its batches
-READERS = {'flow': build_readers, 'next_token': build_encoder}
+def latent_frames(config: ConfigDict, frames: int) -> int:
+    """Those that the VAE makes of so many."""
+    stride = find_part(config, 'vae').module.time_stride
+    if frames < 1 or (frames - 1) % stride:
+        nearest = max(0, round((frames - 1) / stride)) * stride + 1
+        raise InputError(
+            f'config.data.frames {frames} is not 1 more than a multiple of {stride} '
+            f'(nearest: {nearest})'
+        )
+    return (frames - 1) // stride + 1
 
 
 # ---------------------------------------------------------------- modules
@@ -265,9 +250,17 @@ def build_metacanvas(config: ConfigDict, key: jax.Array) -> MetaCanvas:
             f'config.vae makes {vae.channels} latent channels, config.backbone takes '
             f'{backbone.latent_channels}'
         )
+    pooled = build_part(config, 'pooled_encoder', key) if 'pooled_encoder' in config else None
+    makes = None if pooled is None else pooled.width
+    if makes != backbone.pooled_width:
+        raise InputError(
+            f'config.pooled_encoder makes a vector of width {makes}, config.backbone takes '
+            f'{backbone.pooled_width}'
+        )
     return MetaCanvas(
         mllm=mllm,
         text_encoder=build_part(config, 'text_encoder', key) if 'text_encoder' in config else None,
+        pooled_encoder=pooled,
         context=_context(config, mllm, backbone, key),
         canvas=_canvas(config, mllm, backbone, key),
         backbone=backbone,

@@ -11,18 +11,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from metacanvas_jax.build import (
-    DTYPES,
-    build_encoder,
-    build_part,
-    build_text_tokenizer,
-    choose,
-    part_sizes,
-    weights_folder,
-)
+from metacanvas_jax.build import DTYPES, build_part, choose, part_sizes, weights_folder
 from metacanvas_jax.data.feature_cache import SHARD, FeatureCache
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import Asked, CachedReaders, Readers
+from metacanvas_jax.readers import (
+    build_encoder,
+    build_pooled_tokenizer,
+    build_text_tokenizer,
+    build_visuals,
+)
 from metacanvas_jax.sharding import MESH_AXES
 from metacanvas_jax.train.state import split_model
 from metacanvas_jax.types import InputError
@@ -35,7 +33,12 @@ BATCH = 16  # records that are encoded at once
 def open_caches(config: ConfigDict) -> dict[str, FeatureCache]:
     """{task: its cache} in the folder config.data.cache, whole or not."""
     sources = choose(SOURCES, config.data.source, 'config.data.source')(config.data)
-    return {task: _open(config, task, source) for task, source in sources.items()}
+    if others := [name for name in config.data.tasks if name != 't2i']:
+        raise InputError(
+            f'config.data.cache keeps pictures and their captions; task {others[0]!r} wants more: '
+            'leave it None'
+        )
+    return {task: _open(config, task, sources[task]) for task in config.data.tasks}
 
 
 def _open(config: ConfigDict, task: str, source: Any) -> FeatureCache:
@@ -73,7 +76,9 @@ def cached_readers(config: ConfigDict, caches: Mapping[str, FeatureCache]) -> Ca
     return CachedReaders(
         mllm=build_encoder(config) if 'mllm' in config else None,
         text_encoder=None,
+        visuals=build_visuals(config),
         text_dropout=config.data.text_dropout,
+        pooled_encoder=build_pooled_tokenizer(config),
         negative=next(iter(caches.values())).negative() if reads else None,
         size=config.text_encoder.tokens if reads else 0,
     )
@@ -121,7 +126,7 @@ def _encoder(config: ConfigDict) -> Callable:
     mesh = jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=device)
     model = _load(config, mesh)
     tokenizer = build_text_tokenizer(config) if 'text_encoder' in config else None
-    readers = Readers(mllm=None, text_encoder=tokenizer)
+    readers = Readers(mllm=None, text_encoder=tokenizer, visuals=build_visuals(config))
     program = jax.jit(lambda model, pixels, tokens: model(pixels, tokens))
 
     def encode(pixels: Sequence[np.ndarray], asked: Sequence[Asked]):

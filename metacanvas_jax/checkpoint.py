@@ -98,6 +98,18 @@ class RunCheckpoints:
                 return candidate, state, record
         return None
 
+    def arrays(self, step: int | None = None) -> dict[str, str]:
+        """{dotted path: dtype and shape} of what the newest step holds, or that one."""
+        step = self.latest() if step is None else step
+        if step not in self._manager.all_steps():
+            raise InputError(f'no checkpoint of step {step} in {self._directory}')
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        try:
+            body = _attempt(lambda: dict(self._manager.restore(step, args=args)['record']))
+        except _RejectedError as error:
+            raise InputError(f'{self._directory / str(step)} is damaged: {error}') from error
+        return {name: entry['spec'] for name, entry in body['arrays'].items()}
+
     def latest(self) -> int | None:
         """The newest step that looks complete; only `restore` tells whether it verifies."""
         found = [

@@ -17,21 +17,19 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from PIL import Image
 
-from metacanvas_jax.build import (
-    build_encoder,
-    build_readers,
-    check_size,
-    choose,
-)
-from metacanvas_jax.data.media import cover
+from metacanvas_jax.build import choose
+from metacanvas_jax.data.records import Record
 from metacanvas_jax.data.tasks import TASKS, Asked
+from metacanvas_jax.data.visuals import to_float
 from metacanvas_jax.describe import Describer
 from metacanvas_jax.flow.given import holding, impose
 from metacanvas_jax.flow.guidance import guided
 from metacanvas_jax.flow.solver import SOLVERS
 from metacanvas_jax.flow.times import schedule
+from metacanvas_jax.geometry import Geometry, Job, Size
 from metacanvas_jax.loading import starting_model, trained
 from metacanvas_jax.metacanvas import MetaCanvas
+from metacanvas_jax.readers import build_encoder, build_readers
 from metacanvas_jax.sharding import BATCH_AXES, make_mesh
 from metacanvas_jax.train.workdir import read_config
 from metacanvas_jax.types import InputError, Texts, Visual
@@ -67,18 +65,19 @@ def load(
 
 
 class Pipeline:
-    """Text to pictures. Image i of a call has the noise of fold_in(key(seed), i)."""
+    """Draws what is asked. Image i of a call has the noise of fold_in(key(seed), i)."""
 
     def __init__(self, config: ConfigDict, graphdef, state: nnx.State, mesh: Mesh):
         self.config, self._graphdef, self._state, self._mesh = config, graphdef, state, mesh
         self._readers = build_readers(config)
-        self._vae = nnx.merge(graphdef, state).vae
+        self._geometry = Geometry.of(config, nnx.merge(graphdef, state))
         whole = NamedSharding(mesh, P())
         static = ('latents', 'solver', 'guidance', 'callback')
         self._solve = jax.jit(self._solve, static_argnames=static, out_shardings=whole)
         self._features = jax.jit(self._features, static_argnames='latents', out_shardings=whole)
         self._decode = jax.jit(self._decode, out_shardings=whole)
         self._encode = jax.jit(self._encode, out_shardings=whole)
+        self._look = jax.jit(self._look, out_shardings=whole)
 
     def with_state(self, state: nnx.State) -> 'Pipeline':
         """The same programs with other parameters of the same shapes."""
@@ -117,12 +116,15 @@ class Pipeline:
         callback: Callable | None = None,
         output: str = 'pil',
     ) -> Output:
-        """`image`: the first frame of a video. `noise`: initial latents, (B, H, W, C) of pictures,
-        (B, T, H, W, C) of videos. `callback(t, latents)` is called at each step.
+        """`image`: the first frame of a video, or what is to be edited: one picture or several.
+        `noise`: initial latents, (B, H, W, C) of pictures, (B, T, H, W, C) of videos.
+        `callback(t, latents)` is called at each step.
         """
+        images = image if isinstance(image, list | tuple) else [] if image is None else [image]
         prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
+        images = [np.asarray(image) for image in images]
         latents = self.sample(
-            prompts,
+            [self.record(prompt, images) for prompt in prompts],
             indices=range(len(prompts)),
             seed=seed,
             negative_prompt=negative_prompt,
@@ -130,7 +132,6 @@ class Pipeline:
             guidance=guidance,
             size=(height, width),
             frames=frames,
-            first=image if image is None else np.asarray(image),
             noise=noise,
             callback=callback,
         )
@@ -145,35 +146,52 @@ class Pipeline:
 
     # ------------------------------------------------------------ in batches
 
+    def frames(self, frames: int | None = None) -> int:
+        """Of what it draws where so many, or as many as it likes, are asked for."""
+        return self.config.data.get('frames', 1) if frames is None else frames
+
+    def record(
+        self,
+        prompt: str,
+        images: Sequence[np.ndarray] = (),
+        references: Sequence[np.ndarray] = (),
+        video: tuple[np.ndarray, float] | None = None,
+    ) -> Record:
+        """What is asked; images, uint8 (H, W, 3), are what is to be edited, or a first frame, as
+        this system takes them; a video to edit is its frames and their rate.
+        """
+        return self._geometry.record(prompt, images, references, video)
+
     def sample(
         self,
-        prompts: Sequence[str],
+        records: Sequence[Record],
         *,
         indices: Sequence[int],
         seed: int,
+        task: str | None = None,
         negative_prompt: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        size: tuple[int | None, int | None] = (None, None),
+        size: Size = (None, None),
         frames: int | None = None,
-        first: np.ndarray | None = None,
         noise: np.ndarray | None = None,
         callback: Callable | None = None,
     ) -> np.ndarray:
-        """Latents (B, T, H, W, C); the picture of prompt j has the noise of index `indices[j]`.
+        """Latents (B, T, H, W, C); record j has the noise of index `indices[j]`.
 
-        `first` is a first frame for all of them, uint8 (H, W, 3) of any size.
+        All are of one task, by default what the first one's pictures say. Where `size` does not
+        say how large the result is, the picture to be edited may.
         """
-        latents = self._latents(size, frames)
+        asked = self._geometry.job(self._readers, records, task, size, frames)
+        latents, default = asked.latents, self.config.sample
         if noise is None:
             z_1 = self._noise(indices, seed, latents)
         else:
-            z_1 = self.given_noise(noise, size, frames)
-        given, clean_BT = self._given_frames(first, len(prompts), latents)
-        default = self.config.sample
+            z_1 = self._geometry.noise(noise, latents)
+        given, visual = self._given(asked)
         guidance = default.guidance if guidance is None else guidance
         against = default.get('negative_prompt') if negative_prompt is None else negative_prompt
-        prompt, negative = self._pair(prompts, against or '', indices, seed)
+        prompt, negative = self._pair(asked, against or '', indices, seed)
         solver = choose(SOLVERS, default.solver, 'config.sample.solver')
         z = self._solve(
             self._state,
@@ -181,8 +199,8 @@ class Pipeline:
             negative,
             self._put(z_1),
             self._put(given),
-            self._put(clean_BT),
-            solver.times(steps or default.steps, default.shift),
+            self._put(visual),
+            solver.times(steps or default.steps, self._geometry.shift(solver, latents)),
             latents=latents,
             solver=solver.solve,
             guidance=float(guidance),
@@ -193,17 +211,12 @@ class Pipeline:
     def given_noise(
         self,
         noise: np.ndarray,
-        size: tuple[int | None, int | None] = (None, None),
+        record: Record,
+        size: Size = (None, None),
         frames: int | None = None,
     ) -> np.ndarray:
-        """(B, T, H, W, C) of (H, W, C) for a picture, (T, H, W, C) for a video, or of several."""
-        latents = self._latents(size, frames)
-        shape = (*latents, self._vae.channels)
-        want = shape[1:] if latents[0] == 1 else shape
-        noise = np.asarray(noise, np.float32)
-        if noise.shape[-len(want) :] != want:
-            raise InputError(f'the noise has shape {noise.shape}, this size wants {want}')
-        return noise.reshape(-1, *shape)
+        """As (B, T, H, W, C)."""
+        return self._geometry.noise(noise, self._geometry.latents(size, frames, record))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Frames (B, F, H, W, 3) uint8; a picture is one."""
@@ -212,7 +225,7 @@ class Pipeline:
         return np.asarray(jnp.clip(jnp.round(pixels * 127.5 + 127.5), 0, 255), np.uint8)
 
     def canvas_features(
-        self, prompts: Sequence[str], *, indices: Sequence[int], seed: int
+        self, records: Sequence[Record], *, indices: Sequence[int], seed: int
     ) -> np.ndarray:
         """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I).
 
@@ -222,26 +235,30 @@ class Pipeline:
             raise InputError(
                 'this model has no canvas (config.canvas.fuse is none): nothing to map'
             )
-        latents, default = self._latents((None, None), None), self.config.sample
-        times = schedule(default.steps, default.shift)
+        asked, default = self._geometry.job(self._readers, records), self.config.sample
+        latents = asked.latents
+        solver = choose(SOLVERS, default.solver, 'config.sample.solver')
+        times = schedule(default.steps, self._geometry.shift(solver, latents))
         middle = int(jnp.argmin(jnp.abs(times - 0.5)))
-        prompt, negative = self._pair(prompts, '', indices, seed)
+        prompt, negative = self._pair(asked, '', indices, seed)
         z_1 = self._put(self._noise(indices, seed, latents))
-        given, clean_BT = self._given_frames(None, len(prompts), latents)
+        given, visual = self._given(asked)
+        visual = self._put(visual)
         z = self._solve(
             self._state,
             prompt,
             negative,
             z_1,
             self._put(given),
-            self._put(clean_BT),
+            visual,
             times[: middle + 1],
             latents=latents,
             solver=SOLVERS['euler'].solve,
             guidance=float(default.guidance),
             callback=None,
         )
-        return np.asarray(self._features(self._state, prompt, z, times[middle], latents=latents))
+        features = self._features(self._state, prompt, visual, z, times[middle], latents=latents)
+        return np.asarray(features)
 
     # ------------------------------------------------------------ programs
 
@@ -255,7 +272,7 @@ class Pipeline:
         negative,
         z_1,
         given,
-        clean_BT,
+        visual,
         times,
         *,
         latents,
@@ -269,81 +286,69 @@ class Pipeline:
         def velocity(z, t_BT, plan):
             if callback is not None:
                 io_callback(callback, None, jnp.max(t_BT), z[: len(z_1)], ordered=True)
-            clean = jnp.concatenate([clean_BT] * (len(z) // len(z_1)))
-            return model.velocity(z, t_BT, plan, Visual(clean_BT=clean))
+            branches = len(z) // len(z_1)
+            seen = jax.tree.map(lambda x: jnp.concatenate([x] * branches), visual)
+            return model.velocity(z, t_BT, plan, seen)
 
-        held = holding(velocity, given, clean_BT)
+        held = holding(velocity, given, visual.clean_BT)
         plan = model.plan(prompt, latents)
         if guidance == 1:
             solved = solver(lambda z, t: held(z, t, plan), z_1, times)
         else:
             against = model.plan(negative, latents)
             solved = solver(guided(held, plan, against, guidance), z_1, times)
-        return impose(solved, given, clean_BT)
+        return impose(solved, given, visual.clean_BT)
 
     def _encode(self, state, pixels):
         return self._model(state).vae.encode(pixels)
 
+    def _look(self, state, visual):
+        return self._model(state).look(visual)
+
     def _decode(self, state, z):
         return self._model(state).vae.decode(z)
 
-    def _features(self, state, prompt, z, t, *, latents):
+    def _features(self, state, prompt, visual, z, t, *, latents):
         model = self._model(state)
-        clean_BT = jnp.zeros(z.shape[:2])
-        patches = model.backbone.patchify(z, Visual(clean_BT=clean_BT))
-        canvas = model.plan(prompt, latents).canvas
-        return model.canvas.fusion.features(patches, canvas, jnp.full(clean_BT.shape, t))
+        plan = model.plan(prompt, latents)
+        patches = model.patchify(z, plan, visual)
+        return model.canvas.fusion.features(patches, plan.canvas, jnp.full(z.shape[:2], t))
 
     # ------------------------------------------------------------ inputs
 
-    def _latents(
-        self, size: tuple[int | None, int | None], frames: int | None
-    ) -> tuple[int, int, int]:
-        data, vae = self.config.data, self._vae
-        default = (data.height, data.width) if 'height' in data else (data.size, data.size)
-        height, width = (d if side is None else side for side, d in zip(size, default, strict=True))
-        check_size(self.config, height, width)
-        frames = data.get('frames', 1) if frames is None else frames
-        if frames < 1 or (frames > 1 and vae.time_stride == 1):
-            raise InputError(f'this system makes pictures, not {frames} frames')
-        if beyond := (frames - 1) % vae.time_stride:
-            raise InputError(
-                f'frames {frames} is not 1 more than a multiple of {vae.time_stride} '
-                f'(nearest: {frames - beyond})'
-            )
-        return (frames - 1) // vae.time_stride + 1, height // vae.stride, width // vae.stride
-
-    def _given_frames(self, first: np.ndarray | None, batch: int, latents):
-        """Latents (B, T, H, W, C) of which those are given where the second, (B, T), is 1."""
-        T, H, W = latents
-        given = np.zeros((batch, *latents, self._vae.channels), np.float32)
-        clean_BT = np.zeros((batch, T), np.float32)
-        if first is not None:
-            if self._vae.time_stride == 1:
-                raise InputError('this system draws from text alone: give a prompt without image')
-            if T == 1:
-                raise InputError('a picture has no first frame; ask for several frames')
-            pixels = cover(first, H * self._vae.stride, W * self._vae.stride)
-            x = pixels[None, None].astype(np.float32) / 127.5 - 1
-            with jax.set_mesh(self._mesh):
-                given[:, :1] = np.asarray(self._encode(self._state, x))
-            clean_BT[:, 0] = 1
-        return given, clean_BT
+    def _given(self, asked: Job) -> tuple[np.ndarray, Visual]:
+        """Latents (B, T, H, W, C) of which those are given that the Visual beside them says."""
+        given = np.zeros((len(asked.records), *asked.latents, self._geometry.channels), np.float32)
+        visual = asked.readers.visual(asked.task, asked.records)
+        visual = dataclasses.replace(visual, context_images=asked.context)
+        if (guidance := self.config.sample.get('embedded_guidance')) is not None:
+            guidance_B = np.full(len(asked.records), guidance, np.float32)
+            visual = dataclasses.replace(visual, guidance_B=guidance_B)
+        with jax.set_mesh(self._mesh):
+            if TASKS[asked.task].given == 'first':
+                first = [r.first for r in asked.records if r.first is not None]
+                given[:, :1] = np.asarray(self._encode(self._state, to_float(first)[:, None]))
+            if jax.tree.leaves((asked.context, visual.references_BRHWC, visual.condition_BTHWC)):
+                visual = jax.tree.map(np.asarray, self._look(self._state, visual))
+        return given, visual
 
     def _noise(self, indices, seed: int, latents) -> np.ndarray:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))
-        draw = jax.vmap(lambda key: jax.random.normal(key, (*latents, self._vae.channels)))
+        shape = (*latents, self._geometry.channels)
+        draw = jax.vmap(lambda key: jax.random.normal(key, shape))
         return np.asarray(draw(keys(jnp.asarray(indices, jnp.uint32))))
 
-    def _pair(self, prompts, negative_prompt: str, indices: Sequence[int], seed: int):
+    def _pair(self, asked: Job, negative_prompt: str, indices: Sequence[int], seed: int):
         """Both branches of guidance in one bucket: they run as one batch."""
-        asked = [Asked(text) for text in prompts]
-        against = [Asked(negative_prompt, negative=True)] * len(prompts)
-        both = self._texts([*asked, *against], [*indices, *indices], seed)
-        halves = slice(len(prompts)), slice(len(prompts), None)
+        shown = [asked.readers.show(asked.task, record) for record in asked.records]
+        pairs = [*zip(asked.records, shown, strict=True)]
+        wanted = [Asked(record.text, shown=media) for record, media in pairs]
+        against = [Asked(negative_prompt, negative=True, shown=media) for media in shown]
+        both = self._texts(asked.task, [*wanted, *against], [*indices, *indices], seed)
+        halves = slice(len(wanted)), slice(len(wanted), None)
         return [self._put(jax.tree.map(lambda x: x[half], both)) for half in halves]  # noqa: B023
 
-    def _texts(self, asked: list[Asked], indices: Sequence[int], seed: int) -> Texts:
+    def _texts(self, task: str, asked: list[Asked], indices: Sequence[int], seed: int) -> Texts:
         """Where the run was trained with plans, the MLLM writes one first, but not about nothing.
 
         Image i has the plan that the MLLM draws with fold_in(key(seed), i).
@@ -351,8 +356,10 @@ class Pipeline:
         encoder = self._readers.mllm
         rows = [row for row, one in enumerate(asked) if one.text]
         if encoder is not None and encoder.plan_tokens and rows:
+            sees = TASKS[task].seen is not None
             answers = self.describer(
-                [TASKS['t2i'].prompt(asked[row].text) for row in rows],
+                [TASKS[task].prompt(asked[row].text) for row in rows],
+                [asked[row].shown for row in rows] if sees else None,
                 max_new_tokens=encoder.plan_tokens,
                 temperature=self.config.sample.temperature,
                 seed=seed,
@@ -360,7 +367,7 @@ class Pipeline:
             )
             for row, answer in zip(rows, answers, strict=True):
                 asked[row] = dataclasses.replace(asked[row], plan=answer.text)
-        return self._readers.texts('t2i', asked)
+        return self._readers.texts(task, asked)
 
     def _put(self, tree):
         """Host arrays, whole on every process, split over the mesh where the batch allows."""

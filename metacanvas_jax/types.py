@@ -79,6 +79,7 @@ class Texts:
 
     mllm: Prompt | None
     encoder: EncoderPrompt | EncoderStates | None = None
+    pooled: EncoderPrompt | None = None  # CLIP's, of which FLUX takes one vector
 
 
 @struct.dataclass
@@ -89,19 +90,23 @@ class Readings:
     states_BLD: Array | None
     kv: Any  # of every layer of the MLLM
     encoder: EncoderStates | None
+    pooled_BD: Array | None = None
 
 
 @struct.dataclass
 class Visual:
-    """What the DiT sees besides noise and the plan; tasks differ in data, never in program."""
+    """What the DiT sees besides noise and the plan; tasks differ in data, never in program.
+
+    Its pictures are pixels in [-1, 1] as a batch holds them, and latents after `MetaCanvas.look`.
+    """
 
     clean_BT: Array  # 1 where a latent frame is given (time 0, not in the loss), else 0
-    # FLUX alone, which wants the last two: latents_BHWC of pictures, each of its own size; the
-    # guidance that was distilled into it; CLIP's vector of the prompt, or of the empty string.
+    # FLUX alone, which wants the last two: (B, H, W, C) of pictures, each of its own size; the
+    # guidance that was distilled into it; CLIP's vector of the prompt, which the plan holds.
     context_images: tuple[Array, ...] = ()
     guidance_B: Array | None = None
     pooled_BD: Array | None = None
-    # Wan's, as latents: reference pictures, one for each slot in front of the frames; a source
+    # Wan's: reference pictures, one for each slot in front of the frames; a source
     # video, and 1 where one of the 4 pixel frames of a latent frame shall be kept as it is.
     references_BRHWC: Array | None = None
     condition_BTHWC: Array | None = None
@@ -115,6 +120,7 @@ class Plan:
     context_BLD: Array
     context_length_B: Array
     canvas: Array | None  # what the fusion's `prepare` returned
+    pooled_BD: Array | None = None  # the prompt as one vector, for FLUX
 
 
 @struct.dataclass

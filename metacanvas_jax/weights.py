@@ -32,16 +32,26 @@ Folder = str | os.PathLike[str]
 # ---------------------------------------------------------------- into a model
 
 
-def match_weights(state: nnx.State, folder: Folder, prefix: str) -> dict[str, tuple]:
+def match_weights(
+    state: nnx.State,
+    folder: Folder,
+    prefix: str,
+    *,
+    new: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+) -> dict[str, tuple]:
     """{name in the weights: path in `state`}; they must hold all parameters below `prefix`.
 
-    LoRA parameters are in no weights. The state may be abstract. Reads no array.
+    LoRA parameters are in no weights, those below `new` may lack. What is below `unused` there may
+    be nothing here. The state may be abstract. Reads no array.
     """
     shapes = weight_shapes(folder)
     flat = dict(nnx.to_flat_state(state))
     inside = {
         _name(path).removeprefix(prefix): path for path in flat if comes_from_weights(path, prefix)
     }
+    inside = {k: path for k, path in inside.items() if k in shapes or not k.startswith(new)}
+    shapes = {k: shape for k, shape in shapes.items() if k in inside or not k.startswith(unused)}
     wrong = [
         f'{name} is {shapes[name]} there, {flat[path].shape} here'
         for name, path in inside.items()
@@ -65,13 +75,20 @@ def _name(path: tuple) -> str:
     return '/'.join(map(str, path))
 
 
-def place_weights(state: nnx.State, folder: Folder, prefix: str) -> nnx.State:
+def place_weights(
+    state: nnx.State,
+    folder: Folder,
+    prefix: str,
+    *,
+    new: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+) -> nnx.State:
     """`state` with the parameters below `prefix` read from `folder`.
 
     They get the dtype and the sharding of those that they replace, which may be abstract.
     """
     flat = dict(nnx.to_flat_state(state))
-    paths = match_weights(state, folder, prefix)
+    paths = match_weights(state, folder, prefix, new=new, unused=unused)
     wanted = {name: _placed(flat[path].get_value()) for name, path in paths.items()}
     values = _restore(folder, wanted) if is_orbax(folder) else _put(folder, wanted)
     return nnx.from_flat_state(

@@ -224,7 +224,7 @@ def test_the_config_is_the_reference_s(tmp_path):
         (dict(layers_per_block=0), 'layers_per_block 0 is no positive integer'),
         (dict(block_out_channels=[128, 2.5]), r'block_out_channels 2\.5 is no positive integer'),
         (dict(patch_size=2), 'patch_size is unknown'),
-        (dict(latent_channels='left out'), "is not the config of .* KeyError.'latent_channels'"),
+        (dict(latent_channels='left out'), 'is not the config of .*latent_channels is missing'),
     ],
 )
 def test_a_config_that_is_refused(tmp_path, changes, words):

@@ -16,9 +16,14 @@ from tokenizers.trainers import UnigramTrainer
 from transformers import CLIPTokenizer, T5Tokenizer
 
 import convert
-from metacanvas_jax.data.flux_prompts import CLIP_SIZE, T5_SIZE, FluxTokenizer
+from metacanvas_jax.data.flux_prompts import (
+    CLIP_SIZE,
+    T5_SIZE,
+    FluxClipTokenizer,
+    FluxT5Tokenizer,
+)
 from metacanvas_jax.data.wan_prompts import SIZE, WanTokenizer, clean
-from metacanvas_jax.types import InputError
+from metacanvas_jax.types import InputError, Texts
 from tests import published_encoders, tiny
 
 LONG = 'a very long story of a cat and a city ' * 20
@@ -99,8 +104,8 @@ def test_flux(folders, tmp_path):
         states, pooled, _ = pipeline.encode_prompt(
             TEXTS, device=torch.device('cpu'), max_sequence_length=T5_ROOM
         )
-    ours = FluxTokenizer(folders['clip'], folders['t5'], clip_size=CLIP_ROOM, t5_size=T5_ROOM)
-    clip_prompt, t5_prompt = ours.batch(TEXTS)
+    clip_prompt = FluxClipTokenizer(folders['clip'], size=CLIP_ROOM).batch(TEXTS)
+    t5_prompt = FluxT5Tokenizer(folders['t5'], size=T5_ROOM).batch(TEXTS)
     for prompt, tokenizer, size in (
         (clip_prompt, pipeline.tokenizer, CLIP_ROOM),
         (t5_prompt, pipeline.tokenizer_2, T5_ROOM),
@@ -111,7 +116,7 @@ def test_flux(folders, tmp_path):
     assert clip_prompt.length_B[-1] == CLIP_ROOM
     assert t5_prompt.length_B.tolist() == t5_prompt.context_length_B.tolist() == [T5_ROOM] * 8
     module = _module('clip', clip, tmp_path / 'clip')
-    _, found = jax.jit(lambda model, ids: model(ids))(module, clip_prompt.ids_BU)
+    found = jax.jit(lambda model, texts: model.pool(texts))(module, Texts(None, pooled=clip_prompt))
     assert tiny.error(found, pooled) <= 1e-4
     module = _module('t5', t5, tmp_path / 't5')
     found = jax.jit(lambda model, prompt: model.context(prompt))(module, t5_prompt)
@@ -161,23 +166,25 @@ def test_the_defaults():
 
 
 def test_what_is_too_long_is_counted_and_said_once(folders, capsys):
-    ours = FluxTokenizer(folders['clip'], folders['t5'], clip_size=CLIP_ROOM, t5_size=T5_ROOM)
-    ours.batch([LONG])
+    clip = FluxClipTokenizer(folders['clip'], size=CLIP_ROOM)
+    t5 = FluxT5Tokenizer(folders['t5'], size=T5_ROOM)
+    for tokenizer in (clip, t5):
+        tokenizer.batch([LONG])
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
     assert told[0].startswith(f'FLUX by its CLIP reads {CLIP_ROOM} tokens of a prompt; cut ')
     assert told[1].startswith(f'FLUX by its T5 reads {T5_ROOM} tokens of a prompt; cut ')
     assert "off the end of 'a very long story" in told[0]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(ours.t5.row, [LONG, 'a cat'] * 50))
-    assert (ours.t5.truncated, ours.clip.truncated) == (51, 1)
+        list(pool.map(t5.t5.row, [LONG, 'a cat'] * 50))
+    assert (t5.t5.truncated, clip.clip.truncated) == (51, 1)
     assert not capsys.readouterr().err
-    assert ours.t5.row(LONG)[-1] == 1  # </s>
+    assert t5.t5.row(LONG)[-1] == 1  # </s>
 
 
 def test_a_tokenizer_that_is_refused(folders, tmp_path):
     with pytest.raises(InputError, match=r'no tokenizer\.json and no vocab\.json with merges\.txt'):
-        FluxTokenizer(tmp_path, folders['t5'])
+        FluxClipTokenizer(tmp_path)
     with pytest.raises(InputError, match=r'no tokenizer\.json in .*; Wan by its UMT5 wants that'):
         WanTokenizer(tmp_path)
     values = json.loads((folders['t5'] / 'tokenizer.json').read_text())

@@ -10,15 +10,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = 'metacanvas_jax'
 ROWS = [
     {'types'},
-    {'sharding'},
+    {'sharding', 'config_json'},
     {'layers'},
     {'mllm', 'text_encoders', 'backbones', 'vae', 'flow'},
     {'canvas'},
     {'metacanvas'},
     {'data'},
     {'build', 'weights'},
-    {'train', 'checkpoint', 'evaluate', 'command', 'describe'},
-    {'loading', 'caching'},
+    {'readers', 'train', 'checkpoint', 'evaluate', 'command', 'describe'},
+    {'loading', 'caching', 'geometry'},
     {'pipeline', 'dry_run'},
 ]
 RANK = {name: rank for rank, names in enumerate(ROWS) for name in names}

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from metacanvas_jax import command
+from metacanvas_jax.data.records import Record
 from metacanvas_jax.evaluate.layouts import ASSETS, GenEval
 from tests.test_bad_input import assert_one_line, script
 from tests.test_resume import ROOT
@@ -40,13 +41,22 @@ class Pipe:
         self.drawn: list[int] = []
         self.batches, self.stop = 0, stop
 
-    def sample(self, prompts, *, indices, seed, **settings):
-        assert settings.keys() == {'negative_prompt', 'frames', 'steps', 'guidance', 'size'}
+    def frames(self, frames=None):
+        return frames or 1
+
+    def record(self, prompt, images=(), references=(), video=None):
+        assert not images
+        assert not references
+        assert video is None
+        return Record(prompt)
+
+    def sample(self, records, *, indices, seed, **settings):
+        assert settings.keys() == {'task', 'negative_prompt', 'frames', 'steps', 'guidance', 'size'}
         if self.batches == self.stop:
             raise KeyboardInterrupt
         self.batches += 1
         self.drawn += indices
-        return [pixels(p, seed, i) for p, i in zip(prompts, indices, strict=True)]
+        return [pixels(r.text, seed, i) for r, i in zip(records, indices, strict=True)]
 
     def decode(self, latents):
         return np.stack(latents)[:, None]  # one frame each

@@ -11,16 +11,16 @@ from metacanvas_jax.build import ASSETS
 from metacanvas_jax.data import loader as loader_module
 from metacanvas_jax.data.loader import Loader
 from metacanvas_jax.data.prompts import ChatTokenizer
+from metacanvas_jax.data.records import Record, TextRecord
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import (
     TASKS,
     Encoder,
     Readers,
-    Record,
-    TextRecord,
     diffusion_batch,
     text_batch,
 )
+from metacanvas_jax.data.visuals import SANA, Bucket, Visuals
 from metacanvas_jax.mllm.config import PRESETS
 from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.types import InputError
@@ -47,19 +47,22 @@ def encoder(buckets=(64, 160)) -> Encoder:
 
 
 def readers(text_dropout: float = 0.0, buckets=(64, 160)) -> Readers:
-    return Readers(encoder(buckets), text_encoder=None, text_dropout=text_dropout)
+    bucket = Bucket(SIZE, SIZE, frames=1, latent_frames=1, references=0, short_clips='refuse')
+    visuals = Visuals(bucket, SANA)
+    return Readers(encoder(buckets), None, visuals, text_dropout=text_dropout)
 
 
 def pictures(threads: int = 1, seed: int = SEED) -> Loader:
     encode = functools.partial(diffusion_batch, readers(0.3, (64,)))
     sources = SOURCES['shapes'](Data)
-    options = dict(batch=BATCH, accumulate=1, prefetch=3)
+    options = dict(batch=dict(t2i=BATCH), accumulate=1, prefetch=3)
     return Loader(sources, dict(t2i=1.0), encode, seed=seed, threads=threads, **options)
 
 
 def texts() -> Loader:
     encode = functools.partial(text_batch, encoder(buckets=(160,)))
-    options = dict(batch=BATCH, accumulate=1, prefetch=3, threads=1)
+    batch = dict.fromkeys(MIXED, BATCH)
+    options = dict(batch=batch, accumulate=1, prefetch=3, threads=1)
     return Loader(SOURCES['shapes_text'](Data), MIXED, encode, seed=SEED, **options)
 
 
@@ -117,7 +120,7 @@ def test_every_process_chooses_the_same_bucket(monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: BATCH)
     for process in range(BATCH):
         monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
-        options = dict(batch=BATCH, accumulate=1, prefetch=1, threads=1, seed=SEED)
+        options = dict(batch=dict(t2i=BATCH), accumulate=1, prefetch=1, threads=1, seed=SEED)
         loader = Loader(SOURCES['shapes'](Data), dict(t2i=1.0), encode, **options)
         sizes.append(loader.batch(0).texts.mllm.ids_BL.shape[1])
     assert len(set(sizes)) == 1
@@ -140,7 +143,7 @@ def test_text_dropout():
     assert same(diffusion_batch(readers(), 't2i', [record], [0.0]), kept)
 
     sources = {'t2i': [record] * BATCH}
-    options = dict(batch=BATCH, accumulate=1, seed=SEED, threads=1, prefetch=1)
+    options = dict(batch=dict(t2i=BATCH), accumulate=1, seed=SEED, threads=1, prefetch=1)
     drawn = Loader(sources, dict(t2i=1.0), lambda task, records, lots: lots, **options)
     lots = np.concatenate([drawn.batch(step) for step in range(n // BATCH)])
     sigma = (rate * (1 - rate) / n) ** 0.5

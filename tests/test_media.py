@@ -14,7 +14,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from metacanvas_jax.build import ASSETS
 from metacanvas_jax.data import media
-from metacanvas_jax.data.media import read_image, read_video, see_image, see_video
+from metacanvas_jax.data.media import (
+    read_clip,
+    read_image,
+    read_video,
+    see_image,
+    see_video,
+)
 from metacanvas_jax.data.prompts import ChatTokenizer, make_prompts
 from metacanvas_jax.mllm.config import PRESETS
 from metacanvas_jax.mllm.windows import VisionBuckets
@@ -178,6 +184,26 @@ def test_frames_are_spread_over_a_video(tmp_path, suffix):
         )
 
 
+@pytest.mark.parametrize('suffix', ['mp4', 'mkv'])
+@pytest.mark.parametrize(
+    ('frames', 'fps', 'expected'),
+    [
+        (5, 8, range(5)),
+        (12, 8, range(12)),
+        (99, 8, range(12)),  # fewer of a shorter video
+        (4, 4, [0, 2, 4, 6]),
+        (99, 4, [0, 2, 4, 6, 8, 10]),
+        (7, 16, [0, 0, 1, 1, 2, 2, 3]),
+        (99, 3, [0, 2, 5, 8, 10]),
+    ],
+)
+def test_clips_have_the_rate_that_is_asked_for(tmp_path, suffix, frames, fps, expected):
+    path = tmp_path / f'a.{suffix}'
+    _video(path)
+    clip = read_clip(path, frames, fps)
+    np.testing.assert_allclose(clip[:, 20, 20, 0], 20 * np.array(expected), atol=3)
+
+
 def test_videos_are_upright(tmp_path):
     path = tmp_path / 'a.mp4'
     _video(path, angle=90)
@@ -240,12 +266,14 @@ def test_videos_cut_off(tmp_path):
     for size in (20, len(content) // 2):  # the table of contents comes last
         cut.write_bytes(content[:size])
         _refused(read_video, cut, 4, match='is no video, or cut off: Invalid data')
+        _refused(read_clip, cut, 4, 8, match='is no video, or cut off: Invalid data')
     _video(whole, options={'movflags': 'faststart'})
     content = whole.read_bytes()
     assert content.index(b'moov') < content.index(b'mdat')
     for missing, message in ((100, r'cut off: \d+ of its 12'), (300, r'cut off: \d of its 12')):
         cut.write_bytes(content[:-missing])
         _refused(read_video, cut, 4, match=message)
+        _refused(read_clip, cut, 99, 8, match='is cut off')
 
 
 @pytest.mark.parametrize(
@@ -262,6 +290,7 @@ def test_bad_videos(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     _refused(read_video, path, 4, match=message)
+    _refused(read_clip, path, 4, 8, match=message)
 
 
 def test_a_video_too_large_is_not_decoded(tmp_path, monkeypatch):

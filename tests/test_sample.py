@@ -216,7 +216,7 @@ def test_plans_come_before_pictures(pipe):
     """What the MLLM writes about image i stands in its prompt; nothing is written about nothing."""
     texts, indices = [PROMPT, '', 'a cross'], [4, 5, 6]
     tokenizer = pipe._readers.mllm.tokenizer
-    prompt = pipe._texts([Asked(text) for text in texts], indices, SEED).mllm
+    prompt = pipe._texts('t2i', [Asked(text) for text in texts], indices, SEED).mllm
     asked = [TASKS['t2i'].prompt(text) for text in texts]
     written = [
         pipe.describer(

@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 
 from configs import quickstart, sana_ablations, sana_lora, sana_t2i
 from metacanvas_jax.backbones import sana
-from metacanvas_jax.build import READERS, build_model
+from metacanvas_jax.build import build_model
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import BATCHES
 from metacanvas_jax.flow.path import frame_times
 from metacanvas_jax.loading import check_model
+from metacanvas_jax.readers import READERS
 from metacanvas_jax.text_encoders import gemma2
 from metacanvas_jax.train.objective import OBJECTIVES
 from metacanvas_jax.train.optim import OptimizerConfig, make_optimizer

@@ -20,17 +20,15 @@ from metacanvas_jax.data.shapes import (
     SPLITS,
     Object,
     Scene,
-    ShapeEdits,
     Shapes,
     render,
     requests,
 )
-from metacanvas_jax.evaluate.shapes_judge import background, find, judge, judge_edit, score
+from metacanvas_jax.evaluate.shapes_judge import background, find, judge, score
 from metacanvas_jax.types import InputError
 
 SIZES = (32, 64)
 PICTURES = [Shapes(11, split)[i] for split in SPLITS for i in range(80)]
-EDITS = [ShapeEdits(11, split)[i] for split in SPLITS for i in range(60)]
 
 
 def noisy(image, sigma):
@@ -214,34 +212,6 @@ def test_pictures_of_nothing_fail():
         rng.integers(0, 256, (32, 32, 3), dtype=np.uint8),
     ):
         assert not any(judge(image, p.request) for p in PICTURES[:60])
-
-
-@pytest.mark.parametrize('size', SIZES)
-@pytest.mark.parametrize('name', ['clean', 'noise 8', 'blur 1.0'])
-def test_edits_are_judged_by_change_and_by_rest(name, size):
-    disturb = DISTURBANCES.get(name, (lambda image: image, 1))[0]
-    made = [judge_edit(disturb(render(e.target, size)), e) == (True, True) for e in EDITS]
-    not_made = [judge_edit(disturb(render(e.source, size)), e) == (False, True) for e in EDITS]
-    assert min(np.mean(made), np.mean(not_made)) >= (0.95 if name.startswith('noise') else 1)
-
-
-def test_edits_that_spoil_the_rest_are_not_kept():
-    tried = Counter()
-    for e in EDITS:
-        for i, o in enumerate(e.target.objects):
-            if o not in e.source.objects:
-                continue
-            without = tuple(p for j, p in enumerate(e.target.objects) if j != i)
-            shown = {p.colour for p in (*e.source.objects, *e.target.objects)}
-            colour = next(c for c in COLOURS if c not in shown)
-            for spoiled in (without, (*without, replace(o, colour=colour))):
-                image = render(replace(e.target, objects=spoiled), 32)
-                assert judge_edit(image, e) == (True, False)
-            tried[e.category] += 1
-        if e.category != 'background':
-            ground = next(b for b in ('white', 'grey', 'black') if b != e.target.background)
-            assert judge_edit(render(replace(e.target, background=ground), 32), e) == (True, False)
-    assert min(tried.values()) > 5
 
 
 def test_score_is_the_mean_of_the_six_categories():

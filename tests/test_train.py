@@ -10,9 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from metacanvas_jax.build import build_readers
 from metacanvas_jax.data.loader import process_rows, task_of_step
-from metacanvas_jax.data.tasks import Record, diffusion_batch
+from metacanvas_jax.data.records import Record
+from metacanvas_jax.data.tasks import diffusion_batch
+from metacanvas_jax.readers import build_readers
 from metacanvas_jax.train.objective import OBJECTIVES
 from metacanvas_jax.train.optim import OptimizerConfig, learning_rate, make_optimizer
 from metacanvas_jax.train.state import split_model, start

@@ -12,12 +12,16 @@ class Backbone(nnx.Module, abc.ABC):
     """`width` of its tokens, `patch` size, `latent_channels`, `context_width` of its text input.
 
     How an image comes in is each backbone's own affair: appended tokens, channels, reference slots.
+    `takes_context` says whether Visual's context images are seen; `pooled_width` is that of the
+    vector that stands for the whole prompt, where there is one.
     """
 
     width: int
     patch: int
     latent_channels: int
     context_width: int
+    takes_context: bool = False
+    pooled_width: int | None = None
 
     @abc.abstractmethod
     def patchify(self, z_BTHWC: jax.Array, visual: Visual) -> Patches:

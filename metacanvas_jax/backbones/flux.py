@@ -11,7 +11,6 @@ A single block has the same weights for all tokens, and both parts side by side:
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from einops import rearrange
 from flax import nnx, struct
 
 from metacanvas_jax.backbones.base import Backbone
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.layers.attention import attend, merge_heads, split_heads
 from metacanvas_jax.layers.linear import Linear, normal, zeros
 from metacanvas_jax.layers.mlp import ACTIVATIONS, Mlp
@@ -102,31 +102,16 @@ _IGNORED = {'_diffusers_version', '_name_or_path'}
 
 def read_config(directory: str | pathlib.Path) -> FluxConfig:
     """From the config.json of a transformer as diffusers publishes it."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a FLUX transformer')
-    names = [field.name for field in dataclasses.fields(FluxConfig)]
-    try:
-        values = {**_ASSUMED, **json.loads(path.read_text(encoding='utf-8'))}
+    with config_json(directory, 'a FLUX transformer') as said:
+        values = {**_ASSUMED, **said}
         if values.get('out_channels') == values['in_channels']:
             values['out_channels'] = None
         values['axes_dims_rope'] = tuple(values['axes_dims_rope'])
-        config = FluxConfig(**{name: values[name] for name in names})
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not the config of a FLUX transformer: {error!r}') from error
-    supported = config.to_json() | {'axes_dims_rope': config.axes_dims_rope}
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in supported.items()
-        if values.get(name, value) != value and name != 'guidance_embeds'
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - supported.keys() - _IGNORED]
-    if values['guidance_embeds'] is not True:
-        faults += [f'guidance_embeds is {values["guidance_embeds"]!r}: {SCHNELL}']
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+        config = sizes_of(FluxConfig, values)
+        guided = values.pop('guidance_embeds')
+        schnell = () if guided is True else (f'guidance_embeds is {guided!r}: {SCHNELL}',)
+        supported = config.to_json() | {'axes_dims_rope': config.axes_dims_rope}
+        check_fields(values, supported, _IGNORED, schnell)
     return config
 
 
@@ -136,16 +121,21 @@ SCHNELL = 'this is FLUX.1-schnell, only FLUX.1-dev and FLUX.1-Kontext-dev are su
 # ------------------------------------------------------------ positions
 
 
-def rotation(grids: Sequence[tuple[int, int]], text: int, axes: tuple[int, int, int]) -> Rotation:
-    """Of the tokens of pictures on these (h, w) grids, and of `text` tokens after them.
-
-    A token of the i-th picture is at (i, row, column); the target is the picture 0. All text is at
-    (0, 0, 0), where nothing turns. On the host in fp64, as the reference's CPU has it.
-    """
+def picture_ids(grids: Sequence[tuple[int, int]]) -> np.ndarray:
+    """(S, 3): a token of the i-th picture is at (i, row, column); the target is the picture 0."""
     ids = [
         [(i, row, col) for row in range(h) for col in range(w)] for i, (h, w) in enumerate(grids)
     ]
-    ids_S3 = np.concatenate([*ids, np.zeros((text, 3))])
+    return np.concatenate(ids)
+
+
+def rotation(grids: Sequence[tuple[int, int]], text: int, axes: tuple[int, int, int]) -> Rotation:
+    """Of the tokens of pictures on these (h, w) grids, and of `text` tokens after them.
+
+    All text is at (0, 0, 0), where nothing turns. On the host in fp64, as the reference's CPU has
+    it.
+    """
+    ids_S3 = np.concatenate([picture_ids(grids), np.zeros((text, 3))])
     parts = [axis_angles(ids_S3[:, axis], width, THETA) for axis, width in enumerate(axes)]
     angle_Se = np.concatenate(parts, -1)
     return np.cos(angle_Se).astype(np.float32), np.sin(angle_Se).astype(np.float32)
@@ -288,12 +278,15 @@ class FluxExtra:
 
 
 class Flux(Backbone):
+    takes_context = True
+
     def __init__(self, config: FluxConfig, *, remat: str, dtype, rngs: nnx.Rngs):
         D = config.width
         self.config, self.remat, self.dtype = config, remat, dtype
         self.width, self.patch = D, PATCH
         self.latent_channels = config.in_channels // PATCH**2
         self.context_width = config.joint_attention_dim
+        self.pooled_width = config.pooled_projection_dim
         self.x_embedder = Linear(config.in_channels, D, ('channels', 'embed'), rngs=rngs)
         self.context_embedder = Linear(self.context_width, D, (None, 'embed'), rngs=rngs)
         self.time_text_embed = TimeTextEmbed(D, config.pooled_projection_dim, rngs=rngs)

@@ -9,7 +9,6 @@ SANA 1.5 (arXiv 2501.18427) normalises q and k of both attentions.
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -19,6 +18,7 @@ from einops import rearrange
 from flax import nnx
 
 from metacanvas_jax.backbones.base import Backbone
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.layers.attention import attend, linear_attention, merge_heads, split_heads
 from metacanvas_jax.layers.linear import Linear, LoraConfig, normal, zeros
 from metacanvas_jax.layers.mlp import GluMbConv, Mlp
@@ -101,27 +101,11 @@ _IGNORED = {
 
 def read_config(directory: str | pathlib.Path) -> SanaConfig:
     """From the config.json of a transformer as diffusers publishes it."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a SANA transformer')
-    names = [field.name for field in dataclasses.fields(SanaConfig)]
-    try:
-        values = {'qk_norm': None, **json.loads(path.read_text(encoding='utf-8'))}
+    with config_json(directory, 'a SANA transformer') as said:
+        values = {'qk_norm': None, **said}
         values['out_channels'] = values.get('out_channels') or values['in_channels']
-        config = SanaConfig(**{name: values[name] for name in names})
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not the config of a SANA transformer: {error!r}') from error
-    supported = config.to_json()
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in supported.items()
-        if values.get(name, value) != value
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - supported.keys() - _IGNORED]
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+        config = sizes_of(SanaConfig, values)
+        check_fields(values, config.to_json(), _IGNORED)
     return config
 
 

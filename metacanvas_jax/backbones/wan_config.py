@@ -1,11 +1,11 @@
 """Sizes of Wan's transformers, always from a checkpoint's own config.json (spec.md section 0)."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.types import InputError
 
 MASK_CHANNELS = 4  # the pixel frames of a latent frame
@@ -92,6 +92,22 @@ class WanConfig:
         }
 
 
+PRESETS = {
+    'ti2v_5b': WanConfig(
+        in_channels=48,
+        out_channels=48,
+        num_attention_heads=24,
+        attention_head_dim=128,
+        num_layers=30,
+        ffn_dim=14336,
+        freq_dim=256,
+        text_dim=4096,
+        patch_size=2,
+        eps=1e-6,
+        text_embedder='mlp',
+    ),
+}
+
 # What all published models have, and diffusers assumes where a config.json does not say it.
 _FIXED = {
     '_class_name': 'WanTransformer3DModel',
@@ -124,36 +140,19 @@ _HEADS = ('num_attention_heads', 'attention_head_dim')
 
 def read_config(directory: str | pathlib.Path) -> WanConfig:
     """From the config.json of a transformer as diffusers, or Wan's own repository, publishes it."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a Wan transformer')
-    names = [field.name for field in dataclasses.fields(WanConfig)]
-    try:
-        values = {**_PUBLISHED, **_in_diffusers_words(json.loads(path.read_text('utf-8')))}
+    with config_json(directory, 'a Wan transformer') as said:
+        values = {**_PUBLISHED, **_in_diffusers_words(said)}
         values['out_channels'] = values.get('out_channels') or values['in_channels']
-        config = WanConfig(
-            **{name: values[name] for name in names if name != 'patch_size'},
-            patch_size=values['patch_size'][-1],
-        )
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not the config of a Wan transformer: {error!r}') from error
-    if config.condition_channels != values['condition_channels']:
-        # Wan's models for pictures to video have another order: [noisy | mask | condition].
-        raise InputError(
-            f'{path}: in_channels is {config.in_channels} and out_channels {config.out_channels}; '
-            'they may differ only in what this package has widened'
-        )
-    supported = {**_PUBLISHED, **config.to_json()}
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in config.to_json().items()
-        if values.get(name, value) != value
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - supported.keys() - _IGNORED]
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+        config = sizes_of(WanConfig, {**values, 'patch_size': values['patch_size'][-1]})
+        if config.condition_channels != values['condition_channels']:
+            # Wan's models for pictures to video have another order: [noisy | mask | condition].
+            raise InputError(
+                f'in_channels is {config.in_channels} and out_channels {config.out_channels}; '
+                'they may differ only in what this package has widened'
+            )
+        said_anew = config.to_json()
+        unsaid = _PUBLISHED.keys() - said_anew.keys()
+        check_fields(values, said_anew, _IGNORED | unsaid)
     return config
 
 

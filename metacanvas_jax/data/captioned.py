@@ -24,7 +24,7 @@ import numpy as np
 
 from metacanvas_jax.data.media import cover, decode_image
 from metacanvas_jax.data.parquet import KEPT, Cell, Kept, Parquet
-from metacanvas_jax.data.tasks import Record
+from metacanvas_jax.data.records import Record
 from metacanvas_jax.types import InputError
 
 PICTURES = ('jpg', 'jpeg', 'png', 'webp')

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import safe_open
 
-from metacanvas_jax.data.tasks import Record
+from metacanvas_jax.data.records import Record
 
 SHARD = 256
 NEGATIVE = 'negative.safetensors'

@@ -18,28 +18,42 @@ from metacanvas_jax.types import EncoderPrompt, InputError
 CLIP_SIZE, T5_SIZE = 77, 512
 
 
-class FluxTokenizer:
-    """Texts that are too long are cut and counted, by either."""
+class FluxT5Tokenizer:
+    """Texts that are too long are cut and counted."""
 
-    def __init__(
-        self,
-        clip: str | pathlib.Path,
-        t5: str | pathlib.Path,
-        *,
-        clip_size: int = CLIP_SIZE,
-        t5_size: int = T5_SIZE,
-    ):
-        self.clip = clip_tokenizer(clip, size=clip_size)
-        self.t5 = t5_tokenizer(t5, reader='FLUX by its T5', size=t5_size)
+    def __init__(self, directory: str | pathlib.Path, *, size: int = T5_SIZE):
+        self.t5 = t5_tokenizer(directory, reader='FLUX by its T5', size=size)
 
-    def batch(self, texts: Sequence[str]) -> tuple[EncoderPrompt, EncoderPrompt]:
-        """What CLIP reads, and what T5 reads."""
-        ids_BU, length_B = self.clip.batch(texts)
-        clip = EncoderPrompt(ids_BU, length_B, _all(ids_BU), length_B)
+    def prompt(self, text: str) -> str:
+        return text
+
+    def negative(self, text: str) -> str:
+        """Read as any other."""
+        return text
+
+    def batch(self, texts: Sequence[str]) -> EncoderPrompt:
         ids_BU, _ = self.t5.batch(texts)
         # Trap: FLUX masks nothing. T5 reads the padding as text, and so does the DiT.
         whole_B = np.full(len(ids_BU), ids_BU.shape[1], np.int32)
-        return clip, EncoderPrompt(ids_BU, whole_B, _all(ids_BU), whole_B)
+        return EncoderPrompt(ids_BU, whole_B, _all(ids_BU), whole_B)
+
+
+class FluxClipTokenizer:
+    """Texts that are too long are cut and counted."""
+
+    def __init__(self, directory: str | pathlib.Path, *, size: int = CLIP_SIZE):
+        self.clip = clip_tokenizer(directory, size=size)
+
+    def prompt(self, text: str) -> str:
+        return text
+
+    def negative(self, text: str) -> str:
+        """Read as any other."""
+        return text
+
+    def batch(self, texts: Sequence[str]) -> EncoderPrompt:
+        ids_BU, length_B = self.clip.batch(texts)
+        return EncoderPrompt(ids_BU, length_B, _all(ids_BU), length_B)
 
 
 def _all(ids_BU: np.ndarray) -> np.ndarray:

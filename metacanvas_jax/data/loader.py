@@ -32,13 +32,13 @@ def task_of_step(shares: Mapping[str, float], seed: int, step: int) -> str:
     return names[min(place, len(names) - 1)]
 
 
-def process_rows(batch: int, accumulate: int) -> range:
-    """The rows of a global batch that belong to this process."""
+def process_rows(batch: int, accumulate: int, name: str = 'batch_size') -> range:
+    """The rows of a global batch, config.NAME, that belong to this process."""
     parts = jax.device_count() * accumulate
     if batch % parts:
         nearest = max(1, round(batch / parts)) * parts
         raise InputError(
-            f'config.batch_size {batch} is not divided by {jax.device_count()} devices x '
+            f'config.{name} {batch} is not divided by {jax.device_count()} devices x '
             f'{accumulate} accumulated parts; nearest: {nearest}'
         )
     rows = batch // jax.process_count()
@@ -46,7 +46,10 @@ def process_rows(batch: int, accumulate: int) -> range:
 
 
 class Loader:
-    """`encode(task, records, lots)` makes a batch; a lot is a uniform number for each record."""
+    """`encode(task, records, lots)` makes a batch; a lot is a uniform number for each record.
+
+    `batch` is the size of each task's batches.
+    """
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class Loader:
         shares: Mapping[str, float],
         encode: Callable,
         *,
-        batch: int,
+        batch: Mapping[str, int],
         accumulate: int,
         seed: int,
         threads: int,
@@ -64,7 +67,7 @@ class Loader:
             raise InputError(
                 f'config.data.tasks names {missing[0]!r}, its source has: {", ".join(sources)}'
             )
-        self._rows = process_rows(batch, accumulate)
+        self._rows = {task: process_rows(size, accumulate) for task, size in batch.items()}
         self._sources, self._shares, self._encode = sources, shares, encode
         self._batch, self._seed = batch, seed
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -72,10 +75,15 @@ class Loader:
     def batch(self, step: int):
         """This process' rows of a step's batch, on the host."""
         task = task_of_step(self._shares, self._seed, step)
-        source = self._sources[task]
-        records = [source[(step * self._batch + row) % len(source)] for row in self._rows]
-        lots = np.random.default_rng((self._seed, step)).random(self._batch)[self._rows]
+        source, rows, size = self._sources[task], self._rows[task], self._batch[task]
+        records = [source[(step * size + row) % len(source)] for row in rows]
+        lots = np.random.default_rng((self._seed, step)).random(size)[rows]
         return self._encode(task, records, lots)
+
+    def try_tasks(self) -> None:
+        """One record of each task becomes a batch, or is refused."""
+        for task in self._shares:
+            self._encode(task, [self._sources[task][0]], np.ones(1))
 
     def iterate(self, start: int, stop: int) -> Iterator:
         """Batches of steps [start, stop), prepared by threads ahead of their use."""

@@ -113,6 +113,42 @@ def read_video(path: str | pathlib.Path, frames: int) -> tuple[np.ndarray, float
     return np.stack(found), float(rate) * len(wanted) / total
 
 
+def read_clip(path: str | pathlib.Path, frames: int, fps: float) -> np.ndarray:
+    """The first frames at this rate, fewer of a shorter video: (F, H, W, 3) uint8."""
+    found, read, last, until = [], 0, None, 0.0
+    try:
+        with open(path, 'rb') as file:
+            _check_start(file.read(_START), path)
+    except OSError as error:
+        raise InputError(f'cannot read {path}: {error.strerror}') from error
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise InputError(f'{path} holds no video')
+            stream = container.streams.video[0]
+            _check_size(path, stream.width, stream.height)
+            total, rate = stream.frames, stream.average_rate
+            stream.thread_type = 'AUTO'
+            for frame in container.decode(stream):
+                if frame.time is None or not rate:
+                    raise InputError(f'{path} does not say when its frames are shown')
+                # A moment shows the frame that began last; half a millisecond is rounding.
+                while last is not None and len(found) / fps < frame.time - 5e-4:
+                    found.append(last)
+                if len(found) >= frames:
+                    return np.stack(found[:frames])
+                last, until, read = _upright(frame), frame.time + float(1 / rate), read + 1
+    except FFmpegError as error:
+        if read:
+            raise InputError(f'{path} is cut off after {read} frames') from error
+        raise InputError(f'{path} is no video, or cut off: {error.strerror}') from error
+    if last is None or read < total:
+        raise InputError(f'{path} is cut off: {read} of its {total} frames read')
+    while len(found) / fps < until - 5e-4:
+        found.append(last)
+    return np.stack(found[:frames])
+
+
 def _count(path: str | pathlib.Path) -> int:
     """For containers that do not say, such as Matroska."""
     with av.open(path) as container:
@@ -220,6 +256,27 @@ def cover(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     box = ((W - w) / 2, (H - h) / 2, (W + w) / 2, (H + h) / 2)
     image = Image.fromarray(pixels_HWC)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def letterbox(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The whole picture, as large as fits, in the middle of a black one of (height, width)."""
+    H, W, _ = pixels_HWC.shape
+    scale = min(height / H, width / W)
+    h, w = (max(1, round(scale * side)) for side in (H, W))
+    top, left = (height - h) // 2, (width - w) // 2
+    framed = np.zeros((height, width, 3), np.uint8)
+    framed[top : top + h, left : left + w] = _resize(pixels_HWC, h, w)
+    return framed
+
+
+def square(pixels_HWC: np.ndarray, side: int) -> np.ndarray:
+    """The whole picture, its shape not kept."""
+    return _resize(pixels_HWC, side, side)
+
+
+def opaque(pixels_HWC: np.ndarray) -> np.ndarray:
+    """A picture with an alpha channel on white, as one that is read; others as they are."""
+    return pixels_HWC if pixels_HWC.shape[-1] == 3 else _rgb(Image.fromarray(pixels_HWC))
 
 
 def encode_video(file: BinaryIO, frames_FHWC: np.ndarray, *, fps: float, comment: str) -> None:

@@ -61,6 +61,12 @@ _STREAMS = {
     ('requests', 'train'): 5,
     ('requests', 'held_out'): 6,
     ('texts', 'held_out'): 7,
+    ('edit_requests', 'train'): 8,
+    ('edit_requests', 'held_out'): 9,
+    ('clips', 'train'): 10,
+    ('clips', 'held_out'): 11,
+    ('clip_requests', 'train'): 12,
+    ('clip_requests', 'held_out'): 13,
 }
 
 
@@ -126,7 +132,7 @@ class Shapes:
     split: str
 
     def __post_init__(self):
-        _check('split', self.split, SPLITS)
+        check_known('split', self.split, SPLITS)
 
     def __len__(self) -> int:
         return LENGTH
@@ -144,7 +150,7 @@ class ShapeEdits:
     split: str
 
     def __post_init__(self):
-        _check('split', self.split, SPLITS)
+        check_known('split', self.split, SPLITS)
 
     def __len__(self) -> int:
         return LENGTH
@@ -156,10 +162,19 @@ class ShapeEdits:
 
 def requests(split: str, per_category: int, seed: int) -> tuple[Request, ...]:
     """Evaluation prompts, category after category, from a stream that no training record shares."""
-    _check('split', split, SPLITS)
+    check_known('split', split, SPLITS)
     return tuple(
         draw_picture(generator(seed, 'requests', split, i), category, split).request
         for i, category in enumerate(c for c in CATEGORIES for _ in range(per_category))
+    )
+
+
+def edit_requests(split: str, per_category: int, seed: int) -> tuple[Edit, ...]:
+    """Edits to evaluate, category after category, from a stream that no training record shares."""
+    check_known('split', split, SPLITS)
+    return tuple(
+        draw_edit(generator(seed, 'edit_requests', split, i), category, split)
+        for i, category in enumerate(c for c in EDITS for _ in range(per_category))
     )
 
 
@@ -179,12 +194,16 @@ def coverage(shape: str, x: float, y: float, radius: float, size: int):
     """(rows, columns, share covered of each pixel there) for the part of the box in the picture."""
     left, top = max(int((x - radius) * size), 0), max(int((y - radius) * size), 0)
     right, bottom = int((x + radius) * size) + 1, int((y + radius) * size) + 1
-    centres = _centres(size)
-    dx = np.abs(centres[left:right] - np.float32(x))[None, :]
+    centres = pixel_centres(size)
+    dx = (centres[left:right] - np.float32(x))[None, :]
     dy = (centres[top:bottom] - np.float32(y))[:, None]
-    distance = _DISTANCES[shape](dx, dy, np.float32(radius))
-    cover = np.minimum(np.maximum(0.5 - distance * size, 0), 1)
-    return slice(top, bottom), slice(left, right), cover
+    return slice(top, bottom), slice(left, right), share_covered(shape, dx, dy, radius, size)
+
+
+def share_covered(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float, size: int):
+    """Of pixels at (dx, dy) from the box's centre: rows (..., 1, W) and columns (..., H, 1)."""
+    distance = _DISTANCES[shape](np.abs(dx), dy, np.float32(radius))
+    return np.minimum(np.maximum(0.5 - distance * size, 0), 1)
 
 
 def phrase(colour: str | None, shape: str, count: int = 1) -> str:
@@ -212,9 +231,9 @@ def pick(rng: np.random.Generator, items):
 
 def draw_picture(rng: np.random.Generator, category: str, split: str) -> Picture:
     """A request of the category and a scene that fulfils it and shows nothing else."""
-    _check('category', category, CATEGORIES)
+    check_known('category', category, CATEGORIES)
     nouns = 2 if category in ('two_object', 'position', 'color_attr') else 1
-    pairs = _draw_pairs(rng, split, nouns, _NOUNS_DIFFER.get(category, _anything))
+    pairs = draw_pairs(rng, split, nouns, NOUNS_DIFFER.get(category, _anything))
     if rng.random() < 0.5:
         pairs = pairs[::-1]
     judged = category in ('colors', 'color_attr')
@@ -232,11 +251,11 @@ def draw_picture(rng: np.random.Generator, category: str, split: str) -> Picture
 
 def draw_edit(rng: np.random.Generator, category: str, split: str) -> Edit:
     """An edit of the category; all (colour, shape) pairs of both scenes differ."""
-    _check('edit', category, EDITS)
+    check_known('edit', category, EDITS)
     background = pick(rng, tuple(BACKGROUNDS))
     if category in ('add', 'remove'):
         n = 2 + int(rng.random() * 3)
-        objects = _draw_objects(rng, _draw_pairs(rng, split, n))
+        objects = _draw_objects(rng, draw_pairs(rng, split, n))
         whole, rest = Scene(background, objects), Scene(background, objects[1:])
         if category == 'add':
             colour_and_shape = phrase(objects[0].colour, objects[0].shape)
@@ -245,7 +264,7 @@ def draw_edit(rng: np.random.Generator, category: str, split: str) -> Edit:
 
     n = 1 + int(rng.random() * (3 if category == 'move' else 4))  # four leave no room to move
     if category in ('replace', 'recolour'):
-        new, *old = _draw_pairs(rng, split, n + 1, _NOUNS_DIFFER[category])
+        new, *old = draw_pairs(rng, split, n + 1, NOUNS_DIFFER[category])
         objects = _draw_objects(rng, old)
         first = replace(objects[0], colour=new[0], shape=new[1])
         text = f'replace the {objects[0].name} with {phrase(*new)}'
@@ -254,7 +273,7 @@ def draw_edit(rng: np.random.Generator, category: str, split: str) -> Edit:
         source, target = Scene(background, objects), Scene(background, (first, *objects[1:]))
         return Edit(category, text, source, target)
 
-    pairs = _draw_pairs(rng, split, n)
+    pairs = draw_pairs(rng, split, n)
     if category == 'background':
         new = pick(rng, tuple(b for b in BACKGROUNDS if b != background))
         objects = _draw_objects(rng, pairs)
@@ -278,16 +297,16 @@ def _anything(pairs) -> bool:
     return True
 
 
-def _shapes_differ(pairs) -> bool:
+def shapes_differ(pairs) -> bool:
     return pairs[0][1] != pairs[1][1]
 
 
-_NOUNS_DIFFER = {
-    'two_object': _shapes_differ,
-    'position': _shapes_differ,
-    'color_attr': lambda pairs: _shapes_differ(pairs) and pairs[0][0] != pairs[1][0],
-    'replace': _shapes_differ,
-    'recolour': lambda pairs: not _shapes_differ(pairs),
+NOUNS_DIFFER = {
+    'two_object': shapes_differ,
+    'position': shapes_differ,
+    'color_attr': lambda pairs: shapes_differ(pairs) and pairs[0][0] != pairs[1][0],
+    'replace': shapes_differ,
+    'recolour': lambda pairs: not shapes_differ(pairs),
 }
 
 
@@ -298,7 +317,7 @@ _PAIRS = {  # of a scene's first object, of the others
 }
 
 
-def _draw_pairs(rng, split: str, n: int, accept=_anything) -> list[tuple[str, str]]:
+def draw_pairs(rng, split: str, n: int, accept=_anything) -> list[tuple[str, str]]:
     """n different pairs; in the held-out split the first, and only the first, is a held-out one."""
     first, others = _PAIRS[split]
     while True:
@@ -327,7 +346,7 @@ def _draw_objects(rng, pairs, relation=None) -> tuple[Object, ...]:
     )
 
 
-def _check(what: str, value: str, known) -> None:
+def check_known(what: str, value: str, known) -> None:
     if value not in known:
         raise InputError(
             f'unknown {what} {value!r} of the shapes world; use one of {", ".join(known)}'
@@ -335,7 +354,7 @@ def _check(what: str, value: str, known) -> None:
 
 
 @functools.lru_cache
-def _centres(size: int) -> np.ndarray:
+def pixel_centres(size: int) -> np.ndarray:
     return (np.arange(size, dtype=np.float32) + 0.5) / size
 
 

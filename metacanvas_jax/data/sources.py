@@ -1,29 +1,63 @@
 """Where records come from: random access by index, endless or of a known length."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+
+from metacanvas_jax.data import shapes_video
 from metacanvas_jax.data.captioned import CaptionedPictures, find_samples
 from metacanvas_jax.data.parquet import NAMES
-from metacanvas_jax.data.shapes import LENGTH, Shapes, render
+from metacanvas_jax.data.records import Record, TextRecord
+from metacanvas_jax.data.shapes import LENGTH, Edit, Picture, ShapeEdits, Shapes, render
 from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, layout
-from metacanvas_jax.data.tasks import Record, TextRecord
+from metacanvas_jax.data.shapes_video import CLIPS, Clip, Motion, ShapeClips, render_clip
 from metacanvas_jax.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class ShapePictures:
-    """Captioned pictures of the shapes world, train split."""
+class Drawn:
+    """Records of the shapes world, train split: `record` renders what `scenes` hold at an index."""
 
-    seed: int
-    size: int
+    scenes: Any
+    record: Callable[[Any, Any], Record]
+    data: Any  # config.data
 
     def __len__(self) -> int:
         return LENGTH
 
     def __getitem__(self, index: int) -> Record:
-        picture = Shapes(self.seed, 'train')[index]
-        pixels = render(picture.scene, self.size)
-        return Record(text=picture.request.caption, pixels=pixels[None], plan=layout(picture.scene))
+        return self.record(self.scenes[index], self.data)
+
+
+def picture_record(picture: Picture, data) -> Record:
+    pixels = render(picture.scene, data.size)
+    return Record(text=picture.request.caption, pixels=pixels[None], plan=layout(picture.scene))
+
+
+def edit_record(edit: Edit, data) -> Record:
+    """Before and after an instruction."""
+    source, target = (render(scene, data.size)[None] for scene in (edit.source, edit.target))
+    return Record(edit.instruction, target, layout(edit.target), source=source)
+
+
+def clip_record(clip: Clip, data) -> Record:
+    """With all that any task of a clip shows."""
+
+    def draw(motion: Motion) -> np.ndarray:
+        return render_clip(motion, data.frames, data.size)
+
+    pixels = draw(clip.motion)
+    return Record(
+        clip.text,
+        pixels,
+        shapes_video.plan(clip.motion),
+        source=None if clip.source is None else draw(clip.source),
+        fps=data.fps,
+        first=pixels[0] if clip.task == 'i2v' else None,
+        references=tuple(render(scene, data.size) for scene in clip.references),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +91,23 @@ def _captioned(data) -> CaptionedPictures:
             f'config.data.columns has {sorted(unknown)[0]!r}; it takes {", ".join(NAMES)}'
         )
     samples = find_samples(data.path, columns)
-    return CaptionedPictures(samples, height=data.size, width=data.size, seed=data.seed)
+    height, width = (data.height, data.width) if 'height' in data else (data.size, data.size)
+    return CaptionedPictures(samples, height=height, width=width, seed=data.seed)
+
+
+def _pictures(source) -> dict:
+    """What is drawn from its caption can be drawn again from itself."""
+    return {'t2i': source, 'recon': source}
 
 
 # config.data.source -> {task: source}
 SOURCES = {
-    'captioned': lambda data: {'t2i': _captioned(data)},
-    'shapes': lambda data: {'t2i': ShapePictures(data.seed, data.size)},
+    'captioned': lambda data: _pictures(_captioned(data)),
+    'shapes': lambda data: {
+        **_pictures(Drawn(Shapes(data.seed, 'train'), picture_record, data)),
+        'edit': Drawn(ShapeEdits(data.seed, 'train'), edit_record, data),
+        **{task: Drawn(ShapeClips(data.seed, 'train', task), clip_record, data) for task in CLIPS},
+    },
     'shapes_text': lambda data: {
         'layout': _dialogues(data, 'caption'),
         'dialogue': _dialogues(data, *(kind for kind in READ if kind != 'caption')),

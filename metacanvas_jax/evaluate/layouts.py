@@ -12,24 +12,74 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import BinaryIO
 
+import av
+import numpy as np
+from av.error import FFmpegError
 from PIL import Image
 
+from metacanvas_jax.data.media import read_image
 from metacanvas_jax.types import InputError
 
 ASSETS = pathlib.Path(__file__).parents[1] / 'assets'
+VIDEO = '.mp4'
 _PNG_END = b'IEND\xaeB`\x82'
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One to draw, with the noise of fold_in(key(seed), index); `path` is below the output."""
+    """One to draw, with the noise of fold_in(key(seed), index); `path` is below the output.
+
+    A video if the path ends so. `images`, `references` and `video` are what the prompt is about;
+    `stills` are {path: which of the video's frames lies there too, as a picture}.
+    """
 
     id: str
     prompt: str
     index: int
     seed: int
     path: str
+    images: tuple[pathlib.Path, ...] = ()
+    references: tuple[pathlib.Path, ...] = ()  # of what shall be in a video
+    video: pathlib.Path | None = None
+    stills: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files that come of drawing it."""
+        return (self.path, *self.stills)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What lies beside the results: a file of the user's, or its frame at a second."""
+
+    file: pathlib.Path
+    second: float | None = None
+
+    def save(self, file: BinaryIO) -> None:
+        """A video as it is; a picture, or a frame (the last one of a shorter video), as PNG."""
+        if self.second is None and self.file.suffix == VIDEO:
+            file.write(self.file.read_bytes())
+            return
+        pixels = read_image(self.file) if self.second is None else self._frame()
+        Image.fromarray(pixels).save(file, 'PNG')
+
+    def _frame(self) -> np.ndarray:
+        assert self.second is not None
+        found = None
+        try:
+            with av.open(self.file) as container:
+                for frame in container.decode(video=0):
+                    found = frame
+                    if frame.time is not None and frame.time > self.second - 1e-3:
+                        break
+        except FFmpegError as error:
+            raise InputError(f'{self.file} is no video, or cut off: {error.strerror}') from error
+        if found is None:
+            raise InputError(f'{self.file} has no frames')
+        return np.rot90(found.to_ndarray(format='rgb24'), round(found.rotation / 90))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +94,7 @@ class Fault:
         return f'{self.kind} {self.path}' + (f' ({self.reason})' if self.reason else '')
 
 
+@dataclasses.dataclass(frozen=True)
 class Layout(abc.ABC):
     """A benchmark's folder: these files, and no others."""
 
@@ -51,27 +102,41 @@ class Layout(abc.ABC):
     def pictures(self, seed: int) -> list[Picture]:
         """By index."""
 
-    @abc.abstractmethod
     def lines(self) -> Mapping[str, str]:
         """{path: the line of JSON in that file}."""
+        return {}
 
-    @abc.abstractmethod
+    def sources(self) -> Mapping[str, Source]:
+        """{path: what of the user's lies there}."""
+        return {}
+
     def bears(self, path: str) -> bool:
         """Whether a file that is not asked for may lie there."""
+        del path
+        return False
 
     def faults(self, folder: pathlib.Path) -> list[Fault]:
         if folder.exists() and not folder.is_dir():
             raise InputError(f'{folder} is a file; a benchmark wants a folder')
         lines = self.lines()
-        paths = [picture.path for picture in self.pictures(0)]
-        found = [_picture_fault(folder / path, path) for path in paths]
+        paths = [path for picture in self.pictures(0) for path in picture.paths]
+        paths += self.sources()
+        found = [
+            (_video_fault if path.endswith(VIDEO) else _picture_fault)(folder / path, path)
+            for path in paths
+        ]
         found += [_line_fault(folder / path, path, line) for path, line in lines.items()]
         return [*filter(None, found), *self._extra(folder, {*paths, *lines})]
 
     def summary(self, faults: Sequence[Fault]) -> str:
         counts = collections.Counter(fault.kind for fault in faults)
         told = ', '.join(f'{count} {kind}' for kind, count in counts.items())
-        return f'{len(self.pictures(0))} pictures, {len(self.lines())} lines; {told or "whole"}'
+        pictures = self.pictures(0)
+        noun = 'videos' if pictures[0].path.endswith(VIDEO) else 'pictures'
+        beside = sum(len(p.stills) for p in pictures) + len(self.sources())
+        counts = {noun: len(pictures), 'lines': len(self.lines()), 'files beside them': beside}
+        parts = ', '.join(f'{count} {what}' for what, count in counts.items() if count)
+        return f'{parts}; {told or "whole"}'
 
     def _extra(self, folder: pathlib.Path, files: set[str]) -> Iterator[Fault]:
         """Of a folder that is not asked for only the folder itself."""
@@ -95,6 +160,25 @@ def _picture_fault(file: pathlib.Path, path: str) -> Fault | None:
         Image.open(io.BytesIO(data), formats=['PNG']).load()
     except Exception as error:  # Pillow raises all kinds, of a PNG without pixels an IndexError
         return Fault('unreadable', path, str(error))
+    return None
+
+
+def _video_fault(file: pathlib.Path, path: str) -> Fault | None:
+    """All packets must be there and the first frame decode; to decode all would take hours."""
+    if not file.is_file():
+        return Fault('missing', path)
+    if not file.stat().st_size:
+        return Fault('empty', path)
+    try:
+        with av.open(file) as container:
+            stream = container.streams.video[0]
+            next(container.decode(stream))
+            container.seek(0)
+            packets = sum(p.size > 0 and not p.is_corrupt for p in container.demux(stream))
+    except (FFmpegError, IndexError, StopIteration) as error:
+        return Fault('unreadable', path, str(error) or 'it holds no video')
+    if packets != stream.frames:
+        return Fault('unreadable', path, f'it holds {packets} of its {stream.frames} frames')
     return None
 
 
@@ -150,5 +234,47 @@ def _geneval() -> list[str]:
     return file.read_text(encoding='utf-8').splitlines()
 
 
+def read_rows(file: pathlib.Path, wanted: Mapping[str, type]) -> list[dict]:
+    """The objects of a .jsonl file, which have at least these keys, with values of these types."""
+    if not file.is_file():
+        raise InputError(f'no such file: {file}; it is to hold lines of JSON: {", ".join(wanted)}')
+    rows = []
+    for number, line in enumerate(file.read_text(encoding='utf-8').splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f'{file}:{number} is not JSON: {error}') from error
+        for key, kind in wanted.items():
+            if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+                raise InputError(f'{file}:{number} wants {key!r}, a {kind.__name__}')
+        rows.append(row)
+    if not rows:
+        raise InputError(f'{file} holds no prompt')
+    return rows
+
+
+def given(file: pathlib.Path, name: str) -> pathlib.Path:
+    """A picture or video that a file names, relative to itself."""
+    path = file.parent / name
+    if not path.is_file():
+        raise InputError(f'{file} names {name!r}, but there is no {path}')
+    return path
+
+
+def distinct(
+    pictures: list[Picture], file: pathlib.Path, sources: Mapping[str, Source] | None = None
+) -> list[Picture]:
+    """The pictures of a file; refuses names that are none, and two things of one name."""
+    paths = collections.Counter(path for picture in pictures for path in picture.paths)
+    paths.update(list(sources or ()))
+    if twice := [path for path, count in paths.items() if count > 1]:
+        raise InputError(f'{file}: two files would be {twice[0]}')
+    for picture in pictures:
+        if picture.id in ('', '.', '..') or '/' in picture.id:
+            raise InputError(f'{file}: {picture.id!r} is not a file name')
+    return pictures
+
+
 # What --prompts may name instead of a file.
-LAYOUTS: Mapping[str, type[GenEval]] = {'geneval': GenEval}

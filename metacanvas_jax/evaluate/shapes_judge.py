@@ -6,6 +6,7 @@ object's coverage, and its sum and mean give place and size below the width of a
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,6 @@ from metacanvas_jax.data.shapes import (
     COLOURS,
     RELATIONS,
     SHAPES,
-    SIDES,
-    Edit,
-    Object,
     Request,
     coverage,
 )
@@ -39,7 +37,6 @@ _LEAST_AREA = 0.008  # share of the picture; smaller things are specks. The leas
 _LEAST_IOU = 0.85  # with the ideal shape; a square on its tip has 0.84 with a circle
 _LEAST_OFFSET = 0.1  # of the centres along the axis of a relation
 _SOFTNESS = (0.0, 0.02, 0.03)  # blurs of the ideal shape, in sides of the picture
-_PLACE = 0.08  # how far an object may stray and still be at its place
 
 # Area in squared radii, and how far the centroid lies below the box's centre, in radii.
 _MOMENTS = {
@@ -63,12 +60,12 @@ class Found:
 
 def find(image: np.ndarray) -> tuple[Found, ...]:
     """All objects of a uint8 (H, W, 3) picture, left to right; empty without a clear background."""
-    return _read(image)[1]
+    return read(image)[1]
 
 
 def background(image: np.ndarray) -> str | None:
     """The neutral colour that dominates the picture, or None."""
-    return _read(image)[0]
+    return read(image)[0]
 
 
 def judge(image: np.ndarray, request: Request) -> bool:
@@ -87,30 +84,6 @@ def judge(image: np.ndarray, request: Request) -> bool:
     return ((first.x, first.y)[axis] - (second.x, second.y)[axis]) * sign > _LEAST_OFFSET
 
 
-def judge_edit(image: np.ndarray, edit: Edit) -> tuple[bool, bool]:
-    """(the asked change was made, everything else was kept)."""
-    seen, found = _read(image)
-    left = list(found)
-    kept = seen == edit.source.background or edit.category == 'background'
-    for o in edit.source.objects:
-        if o in edit.target.objects:
-            match = next((f for f in left if _same(f, o) and _at(f, o)), None)
-            kept &= match is not None
-            if match is not None:
-                left.remove(match)
-
-    asked = seen == edit.target.background or edit.category != 'background'
-    for o in edit.target.objects:
-        if o not in edit.source.objects:
-            match = next((f for f in left if _same(f, o) and _fulfils(f, o, edit)), None)
-            asked &= match is not None
-            if match is not None:
-                left.remove(match)
-    gone = [o for o in edit.source.objects if o not in edit.target.objects]
-    still = [f for f in left if any(_same(f, o) for o in gone)]
-    return bool(asked and not still), bool(kept and len(still) == len(left))
-
-
 def score(images, requests) -> dict[str, float]:
     """The share of correct pictures per category; 'overall' is the mean of the six (GenEval)."""
     if len(images) != len(requests):
@@ -118,39 +91,27 @@ def score(images, requests) -> dict[str, float]:
             f'the shapes judge got {len(images)} pictures for {len(requests)} requests; '
             'give one picture per request'
         )
-    verdicts = {category: [] for category in CATEGORIES}
-    for image, request in zip(images, requests, strict=True):
-        verdicts[request.category].append(judge(image, request))
+    judged = [(r.category, judge(image, r)) for image, r in zip(images, requests, strict=True)]
+    return category_means(CATEGORIES, judged)
+
+
+def category_means(categories: Sequence[str], judged) -> dict[str, float]:
+    """`judged` are (category, correct); the overall mean weighs all categories alike."""
+    verdicts = {category: [] for category in categories}
+    for category, correct in judged:
+        verdicts[category].append(correct)
     missing = [category for category, all_of_it in verdicts.items() if not all_of_it]
     if missing:
         raise InputError(
-            f'the shapes score is a mean over {len(CATEGORIES)} categories, but no request is of '
-            f'{", ".join(missing)}; draw them with shapes.requests'
+            f'the shapes score is a mean over {len(categories)} categories, but no request is of '
+            f'{", ".join(missing)}; draw them with requests, edit_requests or clip_requests'
         )
     shares = {category: float(np.mean(all_of_it)) for category, all_of_it in verdicts.items()}
     return shares | {'overall': float(np.mean(list(shares.values())))}
 
 
-def _same(f: Found, o: Object) -> bool:
-    return (f.shape, f.colour) == (o.shape, o.colour)
-
-
-def _at(f: Found, o: Object) -> bool:
-    return np.hypot(f.x - o.x, f.y - o.y) <= _PLACE
-
-
-def _fulfils(f: Found, o: Object, edit: Edit) -> bool:
-    """Whether an object of the right kind is where the edit wants it."""
-    if edit.category == 'add':
-        return True
-    if edit.category == 'move':
-        axis, sign = SIDES[edit.instruction.split()[-1]]
-        return ((f.x, f.y)[axis] - 0.5) * sign > 1 / 6
-    return _at(f, o)
-
-
-def _read(image: np.ndarray) -> tuple[str | None, tuple[Found, ...]]:
-    """(background, objects)."""
+def read(image: np.ndarray) -> tuple[str | None, tuple[Found, ...]]:
+    """(background, objects), as `background` and `find` give them."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape != (len(image), len(image), 3):
         raise InputError(

@@ -1,27 +1,66 @@
-"""GenEval in the shapes world: prompts of both splits, drawn and judged exactly."""
+"""Scores in the shapes world: what both splits ask for, drawn and judged exactly."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from metacanvas_jax.data.shapes import SPLITS, requests
-from metacanvas_jax.evaluate.shapes_judge import score
+from metacanvas_jax.data.records import Record
+from metacanvas_jax.data.shapes import SPLITS, edit_requests, requests
+from metacanvas_jax.data.shapes_video import CLIPS, clip_requests
+from metacanvas_jax.data.sources import clip_record, edit_record
+from metacanvas_jax.evaluate import clips_judge, edits_judge, shapes_judge
 
-Draw = Callable[[list[str], range], np.ndarray]  # (prompts, indices) -> uint8 (B, H, W, 3)
+Draw = Callable[[list[Record], range], np.ndarray]  # (records, indices) -> uint8 (B, F, H, W, 3)
 
 
-def shapes_score(draw: Draw, *, per_category: int, batch: int, seed: int) -> dict[str, dict]:
-    """{split: {'overall': x, category: x, ...}}; `draw` always gets `batch` prompts."""
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """What a run is asked at its end, of one task."""
+
+    requests: Callable[[str, int, int], Sequence]  # of a split, so many per category, by a seed
+    record: Callable[[Any, Any], Record]  # one of them, with config.data; it may hold the answer
+    score: Callable[[np.ndarray, Sequence], dict[str, float]]  # (B, F, H, W, 3) -> shares
+
+
+def unanswered(record: Record) -> Record:
+    """What is shown and said, without what is to come of it."""
+    return dataclasses.replace(record, pixels=None, plan='')
+
+
+def _picture(judge: Callable) -> Callable:
+    return lambda clips, asked: judge(clips[:, 0], asked)
+
+
+# config.evaluate.kind -> {task: exam}
+EXAMS: Mapping[str, Mapping[str, Exam]] = {
+    'shapes': {
+        't2i': Exam(
+            requests, lambda request, data: Record(request.caption), _picture(shapes_judge.score)
+        )
+    },
+    'edits': {'edit': Exam(edit_requests, edit_record, _picture(edits_judge.score))},
+    'clips': {
+        task: Exam(functools.partial(clip_requests, task), clip_record, clips_judge.score)
+        for task in CLIPS
+    },
+}
+
+
+def examine(
+    exam: Exam, draw: Draw, data, *, per_category: int, batch: int, seed: int
+) -> dict[str, dict]:
+    """{split: {'overall': x, category: x, ...}}; `draw` always gets `batch` records: the last ones
+    are filled up, and what is too much left out.
+    """
     result = {}
     for split in SPLITS:
-        asked = requests(split, per_category, seed)
-        captions = [request.caption for request in asked]
-        captions += captions[-1:] * (-len(captions) % batch)
-        images = np.concatenate(
-            [
-                draw(captions[start : start + batch], range(start, start + batch))
-                for start in range(0, len(captions), batch)
-            ]
-        )
-        result[split] = score(images[: len(asked)], asked)
+        asked = exam.requests(split, per_category, seed)
+        records = [unanswered(exam.record(one, data)) for one in asked]
+        records += records[-1:] * (-len(records) % batch)
+        starts = range(0, len(records), batch)
+        drawn = [draw(records[at : at + batch], range(at, at + batch)) for at in starts]
+        result[split] = exam.score(np.concatenate(drawn)[: len(asked)], asked)
     return result

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metacanvas_jax.flow.times import dpm_schedule, dynamic_schedule, schedule
+from metacanvas_jax.flow.times import dpm_schedule, dynamic_schedule, dynamic_shift, schedule
 from metacanvas_jax.flow.unipc import unipc, unipc_schedule
 
 
@@ -47,15 +47,16 @@ def dpm_solver(velocity: Callable, z_1: jax.Array, times: tuple[jax.Array, jax.A
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """solve(velocity, z_1, times(steps, shift))"""
+    """solve(velocity, z_1, times(steps, shift)); where the size decides, the shift(tokens)."""
 
     times: Callable[[int, float], Any]
     solve: Callable[[Callable, jax.Array, Any], jax.Array]
+    shift: Callable[[int], float] | None = None
 
 
 SOLVERS = {
     'euler': Solver(schedule, euler),
     'dpm++2m': Solver(dpm_schedule, dpm_solver),
-    'euler_dynamic': Solver(dynamic_schedule, euler),  # FLUX: shift = dynamic_shift(tokens)
+    'euler_dynamic': Solver(dynamic_schedule, euler, dynamic_shift),  # FLUX
     'unipc': Solver(unipc_schedule, unipc),
 }

@@ -1,9 +1,9 @@
 """Sizes of Qwen2.5-VL, always from a checkpoint's own config.json (spec.md section 0)."""
 
 import dataclasses
-import json
 import pathlib
 
+from metacanvas_jax.config_json import config_json, sizes_of
 from metacanvas_jax.types import InputError
 
 
@@ -85,37 +85,18 @@ class QwenConfig:
 
 def read_config(directory: str | pathlib.Path) -> QwenConfig:
     """From config.json: the published flat layout, or transformers 5's nested `text_config`."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(
-            f'no config.json in {directory}; give the folder of a Qwen2.5-VL checkpoint'
-        )
-    try:
-        values = json.loads(path.read_text())
+    with config_json(directory, 'a Qwen2.5-VL model') as values:
         text = {**values, **values.get('text_config', {})}
         rope = text.get('rope_parameters') or text.get('rope_scaling') or {}
         vision = values['vision_config']
-        return QwenConfig(
-            rope_theta=float(rope.get('rope_theta', text.get('rope_theta', 1e6))),
-            mrope_section=tuple(rope['mrope_section']),
-            spatial_merge_size=vision['spatial_merge_size'],
-            tokens_per_second=vision['tokens_per_second'],
-            vision=_vision(vision) if 'depth' in vision else None,
-            initializer_range=text.get('initializer_range', 0.02),
-            **{
-                field.name: text[field.name]
-                for field in dataclasses.fields(QwenConfig)
-                if field.name not in _ELSEWHERE
-            },
-        )
-    except (KeyError, ValueError) as error:
-        raise InputError(f'{path} is not the config of a Qwen2.5-VL model: {error!r}') from error
-
-
-_ELSEWHERE = (  # where the field's own name is not all that read_config looks for
-    *('rope_theta', 'mrope_section', 'spatial_merge_size', 'tokens_per_second', 'vision'),
-    'initializer_range',
-)
+        found = {
+            **{'initializer_range': 0.02, 'rope_theta': 1e6, **text, **rope},
+            'mrope_section': tuple(rope['mrope_section']),
+            'spatial_merge_size': vision['spatial_merge_size'],
+            'tokens_per_second': vision['tokens_per_second'],
+            'vision': _vision(vision) if 'depth' in vision else None,
+        }
+        return sizes_of(QwenConfig, {**found, 'rope_theta': float(found['rope_theta'])})
 
 
 def _vision(values: dict) -> VisionConfig:
@@ -124,9 +105,7 @@ def _vision(values: dict) -> VisionConfig:
     # The published files say in_chans, transformers says in_channels.
     values = {'in_channels': values.get('in_chans', 3), 'initializer_range': 0.02, **values}
     values['fullatt_block_indexes'] = tuple(values['fullatt_block_indexes'])
-    return VisionConfig(
-        **{field.name: values[field.name] for field in dataclasses.fields(VisionConfig)}
-    )
+    return sizes_of(VisionConfig, values)
 
 
 _VISION = VisionConfig(

@@ -7,7 +7,6 @@ Names are those of transformers' CLIPTextModel. Each layer:
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -15,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.layers.attention import attend, merge_heads, split_heads
 from metacanvas_jax.layers.linear import Linear, normal
 from metacanvas_jax.layers.mlp import Mlp
 from metacanvas_jax.layers.norm import LayerNorm
 from metacanvas_jax.layers.stack import fold, stack
 from metacanvas_jax.sharding import BATCH_AXES, constrain
-from metacanvas_jax.types import InputError
+from metacanvas_jax.text_encoders.base import PooledEncoder
+from metacanvas_jax.types import InputError, Texts
 
 init = normal(0.02)
 NO_EOS = 2  # in configs older than their tokenizer's true end of text
@@ -85,12 +86,12 @@ class Layer(nnx.Module):
         return x_BLD + self.mlp(self.layer_norm2(x_BLD))
 
 
-class Clip(nnx.Module):
+class Clip(PooledEncoder):
     """Frozen wherever it is used: nothing of a layer is kept for a backward pass."""
 
     def __init__(self, config: ClipConfig, *, dtype, rngs: nnx.Rngs):
         self.config, self.dtype = config, dtype
-        width = config.hidden_size
+        self.width = width = config.hidden_size
         tokens = init(rngs.params(), (config.vocab_size, width))
         places = init(rngs.params(), (config.max_position_embeddings, width))
         self.token_embedding = nnx.Param(tokens, axes=('vocab', 'embed'))
@@ -110,6 +111,10 @@ class Clip(nnx.Module):
         x_BLD = self.final_layer_norm(x_BLD)
         end_B11 = end_of_text(jnp.asarray(ids_BL), self.config.eos_token_id)[:, None, None]
         return x_BLD, jnp.take_along_axis(x_BLD, end_B11, 1)[:, 0]
+
+    def pool(self, texts: Texts) -> jax.Array:
+        assert texts.pooled is not None
+        return self(texts.pooled.ids_BU)[1]
 
 
 def end_of_text(ids_BL: jax.Array, eos: int) -> jax.Array:
@@ -135,23 +140,7 @@ _IGNORED = {
 
 def read_config(directory: str | pathlib.Path) -> ClipConfig:
     """From the config.json of a CLIPTextModel."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a CLIP text model')
-    names = [field.name for field in dataclasses.fields(ClipConfig)]
-    try:
-        values = json.loads(path.read_text(encoding='utf-8'))
-        config = ClipConfig(**{name: values[name] for name in names})
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not the config of a CLIP text model: {error!r}') from error
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in _FIXED.items()
-        if values.get(name, value) != value
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - {*names, *_FIXED} - _IGNORED]
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+    with config_json(directory, 'a CLIP text model') as values:
+        config = sizes_of(ClipConfig, values)
+        check_fields(values, _FIXED, _IGNORED | dataclasses.asdict(config).keys())
     return config

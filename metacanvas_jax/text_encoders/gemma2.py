@@ -9,7 +9,6 @@ Attention is causal with capped logits; every other layer sees a sliding window 
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.layers import rope
 from metacanvas_jax.layers.attention import attend_capped, merge_heads, split_heads
 from metacanvas_jax.layers.linear import Linear, normal
@@ -49,6 +49,26 @@ class Gemma2Config:
     attn_logit_softcapping: float
     sliding_window: int  # tokens that one sees, itself among them
     layer_types: tuple[str, ...]
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is not int and field.type is not float:
+                continue
+            if not isinstance(value, (int, field.type)) or value <= 0:
+                raise InputError(f'{field.name} is {value!r}, not a positive number')
+        depth, types = self.num_hidden_layers, self.layer_types
+        if set(types) - {SLIDING, FULL} or len(types) != depth:
+            raise InputError(
+                f'layer_types are {list(types)}; want {SLIDING} or {FULL} for {depth} layers'
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f'num_attention_heads {self.num_attention_heads} is not a multiple of '
+                f'num_key_value_heads {self.num_key_value_heads}'
+            )
+        if self.head_dim % 2:
+            raise InputError(f'head_dim is {self.head_dim}, an odd number')
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -174,7 +194,7 @@ class Gemma2(TextEncoder):
 # ---------------------------------------------------------------- config.json
 
 # What else a config.json may hold: nothing that changes the states.
-_IDLE = {
+_IGNORED = {
     *('_name_or_path', 'architectures', 'transformers_version', 'torch_dtype', 'dtype'),
     *('bos_token_id', 'eos_token_id', 'pad_token_id', 'initializer_range', 'attention_dropout'),
     *('use_cache', 'cache_implementation', 'max_position_embeddings', 'tie_word_embeddings'),
@@ -182,60 +202,24 @@ _IDLE = {
     '_attn_implementation_autoset',
 }
 # Fields with the one meaning that is written here; left out, they have it.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    'model_type': ('gemma2',),
-    'hidden_activation': ('gelu_pytorch_tanh',),
-    'attention_bias': (False,),
-    'use_bidirectional_attention': (None, False),
-    'rope_scaling': (None,),
+_FIXED: dict[str, Any] = {
+    'model_type': 'gemma2',
+    'hidden_activation': 'gelu_pytorch_tanh',
+    'attention_bias': False,
+    'use_bidirectional_attention': False,
+    'rope_scaling': None,
+    'rope_type': 'default',
 }
 
 
 def read_config(directory: str | pathlib.Path) -> Gemma2Config:
     """From config.json, as published or with transformers 5's `rope_parameters`."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a Gemma-2 checkpoint')
-    names = [field.name for field in dataclasses.fields(Gemma2Config)]
-    try:
-        values = json.loads(path.read_text(encoding='utf-8'))
+    with config_json(directory, 'a Gemma-2 model') as values:
         turns = values.pop('rope_parameters', None) or {}
-        values['rope_theta'] = turns.get('rope_theta', values.get('rope_theta'))
-        depth = values['num_hidden_layers']
-        default = [FULL if i % 2 else SLIDING for i in range(depth)]
+        values |= dict(rope_theta=values.get('rope_theta')) | turns
+        values['use_bidirectional_attention'] = bool(values.get('use_bidirectional_attention'))
+        default = [FULL if i % 2 else SLIDING for i in range(values['num_hidden_layers'])]
         values['layer_types'] = tuple(values.get('layer_types') or default)
-        sizes = {name: values.pop(name) for name in names}
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f'{path} is not the config of a Gemma-2 model: {error!r}') from error
-    if wrong := _unsupported(values, turns) or _misfit(sizes):
-        raise InputError(f'{path}: {wrong}')
-    return Gemma2Config(**sizes)
-
-
-def _unsupported(rest: dict[str, Any], turns: dict[str, Any]) -> str | None:
-    for name, allowed in _FIXED.items():
-        if (value := rest.pop(name, allowed[0])) not in allowed:
-            return f'{name} is {value!r}; only {allowed[0]!r} is supported'
-    if (kind := turns.get('rope_type', 'default')) != 'default':
-        return f"rope_parameters.rope_type is {kind!r}; only 'default' is supported"
-    if unknown := sorted(rest.keys() - _IDLE):
-        return f'unknown field {unknown[0]!r}; it may change the states'
-    return None
-
-
-def _misfit(sizes: dict[str, Any]) -> str | None:
-    depth, types = sizes['num_hidden_layers'], sizes['layer_types']
-    for field in dataclasses.fields(Gemma2Config):
-        value = sizes[field.name]
-        if field.type is not int and field.type is not float:
-            continue
-        if not isinstance(value, (int, field.type)) or value <= 0:
-            return f'{field.name} is {value!r}, not a positive number'
-    if set(types) - {SLIDING, FULL} or len(types) != depth:
-        return f'layer_types are {list(types)}; want {SLIDING} or {FULL} for {depth} layers'
-    heads, kv_heads = sizes['num_attention_heads'], sizes['num_key_value_heads']
-    if heads % kv_heads:
-        return f'num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}'
-    if sizes['head_dim'] % 2:
-        return f'head_dim is {sizes["head_dim"]}, an odd number'
-    return None
+        config = sizes_of(Gemma2Config, values)
+        check_fields(values, _FIXED, _IGNORED | dataclasses.asdict(config).keys())
+    return config

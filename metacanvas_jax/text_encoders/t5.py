@@ -9,7 +9,6 @@ T5 learns one table of biases for all blocks, UMT5 (arXiv 2304.09151) one for ea
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.layers.attention import attend_biased, merge_heads, split_heads
 from metacanvas_jax.layers.linear import Linear, normal
 from metacanvas_jax.layers.mlp import ACTIVATIONS
@@ -244,31 +244,16 @@ _IGNORED = {
 
 def read_config(directory: str | pathlib.Path) -> T5Config:
     """From the config.json of a T5 v1.1 or UMT5."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a T5 checkpoint')
     # What transformers assumes where a file does not say it.
     unsaid = dict(
         relative_attention_num_buckets=32,
         relative_attention_max_distance=128,
         layer_norm_epsilon=1e-6,
     )
-    names = [field.name for field in dataclasses.fields(T5Config)]
-    try:
-        values = unsaid | json.loads(path.read_text(encoding='utf-8'))
+    with config_json(directory, 'a T5') as said:
+        values = unsaid | said
         if values.get('model_type') == 't5':
             values.setdefault('feed_forward_proj', 'relu')  # the first T5's, before v1.1
-        config = T5Config(**{name: values[name] for name in names})
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f'{path} is not the config of a T5: {error!r}') from error
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in _FIXED.items()
-        if values.get(name, value) != value
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - {*names, *_FIXED} - _IGNORED]
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+        config = sizes_of(T5Config, values)
+        check_fields(values, _FIXED, _IGNORED | dataclasses.asdict(config).keys())
     return config

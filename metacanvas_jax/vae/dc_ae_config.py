@@ -1,10 +1,10 @@
 """Sizes of a DC-AE, always from a checkpoint's own config.json (diffusers' AutoencoderDC)."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.types import InputError
 
 _BLOCKS, _ACTIVATIONS = ('ResBlock', 'EfficientViTBlock'), ('relu', 'silu')
@@ -120,23 +120,17 @@ _UNSAID: dict[str, Any] = dict(
 )
 
 
+_FIXED = {'_class_name': 'AutoencoderDC'}
+_IGNORED = {'_diffusers_version', '_name_or_path'}
+
+
 def read_config(directory: str | pathlib.Path) -> DcAeConfig:
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a DC-AE checkpoint')
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding='utf-8'))
-        if (kind := values.get('_class_name', 'AutoencoderDC')) != 'AutoencoderDC':
-            raise ValueError(f'_class_name is {kind!r}')
-        values = _UNSAID | {k: v for k, v in values.items() if not k.startswith('_')}
-        names = [field.name for field in dataclasses.fields(DcAeConfig)]
-        wrong = [f'{name} is unknown' for name in values if name not in names]
-        wrong += [f'{name} is missing' for name in names if name not in values]
-        if wrong:
-            raise ValueError('; '.join(wrong))
-        return DcAeConfig(**values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f'{path} is not the config of a DC-AE: {error}') from error
+    """From the config.json of an AutoencoderDC."""
+    with config_json(directory, 'a DC-AE') as said:
+        values = _UNSAID | said
+        config = sizes_of(DcAeConfig, values)
+        check_fields(values, _FIXED, _IGNORED | dataclasses.asdict(config).keys())
+    return config
 
 
 _CHANNELS = (128, 256, 512, 512, 1024, 1024)

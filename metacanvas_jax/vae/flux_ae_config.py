@@ -1,10 +1,10 @@
 """Sizes of FLUX's autoencoder, always from a checkpoint's own config.json (AutoencoderKL)."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.types import InputError
 
 
@@ -83,24 +83,8 @@ _IGNORED = {
 
 def read_config(directory: str | pathlib.Path) -> FluxAeConfig:
     """From the config.json of an AutoencoderKL without quant convolutions."""
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f"no config.json in {directory}; give the folder of FLUX's autoencoder")
-    names = [field.name for field in dataclasses.fields(FluxAeConfig)]
-    try:
-        values = _UNSAID | json.loads(path.read_text(encoding='utf-8'))
-        config = FluxAeConfig(**{name: values[name] for name in names})
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not the config of FLUX's autoencoder: {error!r}") from error
-    supported = config.to_json()
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in supported.items()
-        if values.get(name, value) != value
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - supported.keys() - _IGNORED]
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+    with config_json(directory, "FLUX's autoencoder") as said:
+        values = _UNSAID | said
+        config = sizes_of(FluxAeConfig, values)
+        check_fields(values, config.to_json(), _IGNORED)
     return config

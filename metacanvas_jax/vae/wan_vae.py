@@ -21,7 +21,7 @@ from metacanvas_jax.sharding import BATCH_AXES, constrain
 from metacanvas_jax.types import InputError
 from metacanvas_jax.vae.base import Vae
 from metacanvas_jax.vae.chunks import Past, by_chunks
-from metacanvas_jax.vae.wan_vae_config import Level, WanVaeConfig
+from metacanvas_jax.vae.wan_vae_config import TIME_STRIDE, Level, WanVaeConfig
 
 # ------------------------------------------------------------ blocks
 
@@ -254,10 +254,12 @@ class Decoder(nnx.Module):
 class WanVae(Vae):
     """Videos of 4 n + 1 frames, and pictures (n = 0). Latents are the means of the posterior."""
 
+    time_stride = TIME_STRIDE
+
     def __init__(self, config: WanVaeConfig, *, dtype, rngs: nnx.Rngs):
         z = config.z_dim
         self.config, self.dtype = config, dtype
-        self.stride, self.time_stride, self.channels = config.stride, config.time_stride, z
+        self.stride, self.channels = config.stride, z
         self.patch = config.patch_size
         self.encoder = Encoder(config, rngs=rngs)
         self.quant_conv = Linear(2 * z, 2 * z, ('channels', 'channels'), rngs=rngs)

@@ -1,11 +1,11 @@
 """Sizes of a Wan2.2 VAE, from a checkpoint's own config.json (diffusers' AutoencoderKLWan)."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
 
+from metacanvas_jax.config_json import check_fields, config_json, sizes_of
 from metacanvas_jax.types import InputError
 
 TIME_STRIDE = 4  # of all Wan VAEs: their chunks have this many frames
@@ -136,6 +136,8 @@ PUBLISHED = WanVaeConfig(
     latents_std=_STD,
 )
 
+PRESETS = {'wan2.2': PUBLISHED}
+
 # What the published model has, and its maths here.
 _FIXED: dict[str, Any] = {
     '_class_name': 'AutoencoderKLWan',
@@ -162,11 +164,9 @@ _IGNORED = {
 
 
 def read_config(directory: str | pathlib.Path) -> WanVaeConfig:
-    path = pathlib.Path(directory) / 'config.json'
-    if not path.is_file():
-        raise InputError(f'no config.json in {directory}; give the folder of a Wan2.2 VAE')
-    try:
-        values = _UNSAID | json.loads(path.read_text(encoding='utf-8'))
+    """From the config.json of an AutoencoderKLWan."""
+    with config_json(directory, 'a Wan2.2 VAE') as said:
+        values = _UNSAID | said
         wan = values.get('_class_name', 'AutoencoderKLWan') == 'AutoencoderKLWan'
         if wan and not values['is_residual']:
             raise InputError(
@@ -175,19 +175,6 @@ def read_config(directory: str | pathlib.Path) -> WanVaeConfig:
             )
         values['decoder_base_dim'] = values['decoder_base_dim'] or values['base_dim']
         values['patch_size'] = values['patch_size'] or 1
-        names = [field.name for field in dataclasses.fields(WanVaeConfig)]
-        config = WanVaeConfig(**{name: values[name] for name in names})
-    except InputError as error:
-        raise InputError(f'{path}: {error}') from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f'{path} is not the config of a Wan2.2 VAE: {error!r}') from error
-    supported = config.to_json()
-    faults = [
-        f'{name} is {values[name]!r}, only {value!r} is supported'
-        for name, value in supported.items()
-        if values.get(name, value) != value
-    ]
-    faults += [f'{name} is unknown' for name in values.keys() - supported.keys() - _IGNORED]
-    if faults:
-        raise InputError(f'{path}: {"; ".join(sorted(faults))}')
+        config = sizes_of(WanVaeConfig, values)
+        check_fields(values, config.to_json(), _IGNORED)
     return config
