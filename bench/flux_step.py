@@ -8,6 +8,7 @@ bound: it computes bf16 matmuls in fp32, and its attention keeps all scores of a
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -62,7 +63,10 @@ def full_size(folder: pathlib.Path) -> ConfigDict:
 def edits(batch: int) -> Batch:
     """Shapes of so many."""
     i32, f32 = np.int32, np.float32
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((batch, *shape), dtype)
+
+    def array(dtype, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((batch, *shape), dtype)
+
     vision = Vision(
         patches_BIVPX=array(f32, 1, WINDOWS, PATCHES, VALUES),
         place_BIVP2=array(i32, 1, WINDOWS, PATCHES, 2),
@@ -70,8 +74,7 @@ def edits(batch: int) -> Batch:
         token_BL=array(i32, WORDS),
     )
     prompt = Prompt(array(i32, WORDS), array(i32, 3, WORDS), array(i32), array(i32), vision)
-    picture: Any = array(f32, SIDE, SIDE, 3)
-    visual = Visual(clean_BT=array(f32, 1), context_images=(picture,))
+    visual = Visual(clean_BT=array(f32, 1), context_images=(array(f32, SIDE, SIDE, 3),))
     return Batch(Texts(mllm=prompt), visual, pixels_BFHWC=array(f32, 1, SIDE, SIDE, 3))
 
 
@@ -143,7 +146,7 @@ def sampler(graphdef, trainable, frozen, batch: Batch, mesh: Mesh) -> tuple:
         model = nnx.merge(graphdef, trainable, frozen)
         z = model.vae.encode(batch.pixels_BFHWC)
         ones = jnp.ones(z.shape[:2])
-        visual = model.look(batch.visual).replace(guidance_B=ones[:, 0])
+        visual = dataclasses.replace(model.look(batch.visual), guidance_B=ones[:, 0])
         return z, ones, model.plan(batch.texts, z.shape[1:4]), visual
 
     shapes = jax.eval_shape(inputs, trainable, frozen, batch)
