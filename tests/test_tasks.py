@@ -1,6 +1,8 @@
 """Rows of the task table: what the MLLM sees, what the DiT is given, and what is refused."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,13 +11,15 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import quickstart, wan_stage1, wan_stage2, wan_stage3
-from metacanvas_jax.build import latent_frames
+from metacanvas_jax.build import build_model, build_part, latent_frames
 from metacanvas_jax.data import visuals
 from metacanvas_jax.data.media import cover, letterbox, opaque, see_image, see_video
 from metacanvas_jax.data.records import Record
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import TASKS, Readers, diffusion_batch
+from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.readers import build_readers
+from metacanvas_jax.train.objective import OBJECTIVES
 from metacanvas_jax.types import Batch, InputError
 from tests import tiny_wan
 from tests.tiny_wan import FRAMES, HEIGHT, WIDTH, Clips
@@ -276,3 +280,29 @@ def test_shapes_can_be_edited():
         assert record.text
         assert record.plan
         assert sources['recon'][index].text == sources['t2i'][index].text
+
+
+def test_every_row_trains(batches):
+    """Through one function of arrays: in shapes alone, whatever the row."""
+    config = tiny_wan.shrink(wan_stage3.get_config())
+    model = jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))
+    loss = OBJECTIVES['flow'](config)
+    for name, batch in batches.items():
+        assert jax.eval_shape(loss, model, batch, jax.random.key(0)).shape == (), name
+
+
+def test_what_is_seen_becomes_latents(batches):
+    """References one by one, a source as the video that it is."""
+    config = tiny_wan.shrink(wan_stage3.get_config())
+    vae = build_part(config, 'vae', jax.random.key(0))
+    others: list[Any] = [None] * 6
+    model = MetaCanvas(*others, vae=vae)
+    references: Any = batches['r2v'].visual.references_BRHWC
+    found: Any = model.look(batches['r2v'].visual)
+    assert found.condition_BTHWC is None
+    for row, slot in np.ndindex(2, 2):
+        alone = vae.encode(references[row, slot][None, None])[0, 0]
+        np.testing.assert_array_equal(found.references_BRHWC[row, slot], alone)
+    source: Any = batches['v2v'].visual.condition_BTHWC
+    found = model.look(batches['v2v'].visual).condition_BTHWC
+    np.testing.assert_array_equal(found, vae.encode(source))

@@ -1,4 +1,4 @@
-"""Table 16, column by column: full sizes, shares, and tiny runs of the stages one after another."""
+"""Table 16, column by column: full sizes, values and shares."""
 
 import functools
 import re
