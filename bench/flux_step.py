@@ -2,7 +2,7 @@
 
     python -m bench.flux_step [--devices 1 8] [--output=FILE.json]
 
-One edit of a megapixel for each of so many devices, at most 8 (FSDP), on CPU devices that are not there.
+One edit of a megapixel for each of so many devices (FSDP), on at most 8 CPUs that are not there.
 Arguments and results are what every machine has. Temporary bytes are the CPU compiler's, an upper
 bound: it computes bf16 matmuls in fp32, and its attention keeps all scores of a layer.
 """
