@@ -5,6 +5,8 @@ python -m convert import COMPONENT --source DIR_OR_FILE_OR_HUB_NAME --target DIR
                          [--dtype bfloat16|float32] [--tokenizer DIR]
 python -m convert export COMPONENT --source DIR --target DIR [--layout NAME]
 python -m convert check COMPONENT (--source DIR_OR_FILE | --manifest FILE.json)
+python -m convert pool --source DIR_OR_HUB_NAME --target DIR [--tokenizer DIR]
+                         CLIP's vector of the empty prompt, as configs/flux_edit.py takes it
 """
 
 import functools
@@ -17,6 +19,7 @@ from absl import flags
 from convert.checking import check_manifest, check_source
 from convert.exporting import export_weights
 from convert.importing import import_weights
+from convert.pooling import pool_empty
 from convert.registry import FAMILIES, find
 from metacanvas_jax.command import run
 from metacanvas_jax.types import InputError
@@ -34,7 +37,9 @@ _TAKES = {
     'import': ('source', 'target', 'dtype', 'tokenizer'),
     'export': ('source', 'target', 'layout'),
     'check': ('source', 'manifest'),
+    'pool': ('source', 'target', 'tokenizer'),
 }
+_ALONE = ('list', 'pool')  # commands without a component
 
 
 def main(words: list[str]) -> None:
@@ -46,6 +51,8 @@ def main(words: list[str]) -> None:
     if verb == 'list':
         for name, family in FAMILIES.items():
             print(f'{name}: {", ".join(family.layouts)}')
+    elif verb == 'pool':
+        print(pool_empty(_need('source'), _need('target'), tokenizer=FLAGS.tokenizer))
     elif verb == 'import':
         source, target = _need('source'), _need('target')
         options = {'dtype': FLAGS.dtype, 'tokenizer': FLAGS.tokenizer}
@@ -68,11 +75,11 @@ def _read(words: list[str]) -> tuple[str, str]:
     verb = words[0] if words else ''
     if verb not in _TAKES:
         raise InputError(f'unknown command {verb!r}; there are: {", ".join(_TAKES)}')
-    count = 1 if verb == 'list' else 2
+    count = 1 if verb in _ALONE else 2
     if len(words) != count:
-        want = verb if verb == 'list' else f'{verb} COMPONENT'
+        want = verb if verb in _ALONE else f'{verb} COMPONENT'
         raise InputError(f'want {want} and flags, got {" ".join(words)!r}')
-    if verb != 'list':
+    if verb not in _ALONE:
         find(words[-1])
     return verb, words[-1]
 

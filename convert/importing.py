@@ -58,7 +58,7 @@ def import_weights(
     sizes, shapes, found = _matched(component, layout, opened, source, dtype)
     settings = SETTINGS if layout.sizes is None else ()
     copied = [opened.folder / name for name in settings if (opened.folder / name).is_file()]
-    copied += _tokenizer(opened.folder, tokenizer)
+    copied += tokenizer_files(opened.folder, tokenizer)
     with new_folder(pathlib.Path(target).absolute()) as folder, _digests(opened.files) as digests:
         for file in copied:
             shutil.copyfile(file, folder / file.name)
@@ -151,7 +151,7 @@ def _convert(piece: Piece, source: Source, put: Any) -> None:
         put(path, piece.index, value)
 
 
-def _tokenizer(folder: pathlib.Path, given: str | None) -> list[pathlib.Path]:
+def tokenizer_files(folder: pathlib.Path, given: str | None) -> list[pathlib.Path]:
     """From the folder given, the weights' own, or the one beside it: text_encoder_2/tokenizer_2."""
     beside = folder.absolute().name.replace('text_encoder', 'tokenizer')
     places = [pathlib.Path(given)] if given else [folder, folder.absolute().parent / beside]

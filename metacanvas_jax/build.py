@@ -35,7 +35,12 @@ from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.mllm.windows import VisionBuckets
 from metacanvas_jax.text_encoders import clip, gemma2, t5
-from metacanvas_jax.text_encoders.base import CachedStates
+from metacanvas_jax.text_encoders.base import (
+    CachedStates,
+    StoredVector,
+    VectorConfig,
+    read_vector_config,
+)
 from metacanvas_jax.text_encoders.clip import Clip, ClipConfig
 from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config
 from metacanvas_jax.text_encoders.t5 import T5, T5Config
@@ -99,6 +104,7 @@ TEXT_ENCODERS = {
 }
 POOLED_ENCODERS = {
     'clip': Part(Clip, ClipConfig, read_config=clip.read_config),
+    'stored': Part(StoredVector, VectorConfig, read_config=read_vector_config),
 }
 PARTS = {
     'mllm': MLLMS,
@@ -201,18 +207,6 @@ def picture_size(config: ConfigDict) -> tuple[int, int]:
     return (data.height, data.width) if 'height' in data else (data.size, data.size)
 
 
-def latent_frames(config: ConfigDict, frames: int) -> int:
-    """Those that the VAE makes of so many."""
-    stride = find_part(config, 'vae').module.time_stride
-    if frames < 1 or (frames - 1) % stride:
-        nearest = max(0, round((frames - 1) / stride)) * stride + 1
-        raise InputError(
-            f'config.data.frames {frames} is not 1 more than a multiple of {stride} '
-            f'(nearest: {nearest})'
-        )
-    return (frames - 1) // stride + 1
-
-
 # ---------------------------------------------------------------- what reads, on the host
 
 
@@ -272,14 +266,6 @@ def _tokenizer(config: ConfigDict, group: str, name: str) -> pathlib.Path:
     return folder
 
 
-# config.backbone.kind -> how pictures come into it
-ENTRANCES = {
-    'sana': lambda sizes: visuals.SANA,
-    'flux': lambda sizes: visuals.FLUX,
-    'wan': lambda sizes: visuals.WIDE_WAN if sizes.condition_channels else visuals.WAN,
-}
-
-
 def build_visuals(config: ConfigDict) -> Visuals:
     data, (height, width) = config.data, picture_size(config)
     frames = data.get('frames', 1)
@@ -287,13 +273,13 @@ def build_visuals(config: ConfigDict) -> Visuals:
         height=height,
         width=width,
         frames=frames,
-        latent_frames=latent_frames(config, frames),
+        latent_frames=visuals.latent_frames(frames, find_part(config, 'vae').module.time_stride),
         references=data.get('references', 0),
         short_clips=data.get('short_clips', 'refuse'),
     )
     choose(visuals.SHORT_CLIPS, bucket.short_clips, 'config.data.short_clips')
-    entrances = ENTRANCES[config.backbone.kind](part_sizes(config, 'backbone'))
-    return Visuals(bucket, entrances)
+    sizes = part_sizes(config, 'backbone')
+    return Visuals(bucket, visuals.ENTRANCES[config.backbone.kind](sizes))
 
 
 def build_readers(config: ConfigDict) -> Readers:

@@ -180,6 +180,11 @@ SAMPLE = [
     ([*ONE, '--noise=HERE/none.npy'], '', '--noise .*none.npy does not exist'),
     ([*ONE, '--noise=HERE/prompts.jsonl'], 'text', '--noise .*prompts.jsonl is not a .npy array'),
     ([*ONE, '--noise=HERE/flat.npy'], '', r'flat.npy has shape \(4,\), want \(H, W, C\) of a pic'),
+    (
+        [*FILE, '--image=HERE/a.png'],
+        '{"prompt": "x"}',
+        '--image goes with --prompt, not wi',
+    ),
     ([*FILE, '--noise=HERE/flat.npy'], '{"prompt": "x"}', 'go with --prompt, not with --prompts'),
     (FILE, None, '--prompts .*prompts.jsonl does not exist'),
     ([*ASK, '--prompts=geneva'], None, '--prompts geneva does not exist'),

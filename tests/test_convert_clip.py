@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import convert
 from convert import registry
@@ -18,10 +18,14 @@ from convert.checking import check_manifest
 from convert.exporting import export_weights
 from convert.family import parameters
 from convert.importing import import_weights
+from convert.pooling import pool_empty
 from metacanvas_jax.sharding import partition_spec
+from metacanvas_jax.text_encoders.base import VectorConfig, read_vector_config
 from metacanvas_jax.text_encoders.clip import Clip, read_config
 from metacanvas_jax.types import InputError
-from tests import published, published_encoders
+from metacanvas_jax.weights import weight_shapes
+from tests import published, published_encoders, tiny
+from tests.test_encoder_prompts import CLIP_ROOM, clip_folder
 
 MANIFEST = pathlib.Path(__file__).parent / 'manifests/clip_l.json'
 PREFIXES = {'transformers': 'text_model.', 'transformers_5': ''}
@@ -158,3 +162,23 @@ def test_no_config(tmp_path):
         (tmp_path / 'config.json').write_text(text)
         with pytest.raises(InputError, match='is not the config of a CLIP text model'):
             read_config(tmp_path)
+
+
+def test_the_vector_of_the_empty_prompt(tmp_path):
+    """`pool` leaves of CLIP what a system needs that never asks it anything else."""
+    clip = published_encoders.clip(vocab_size=517, max_position_embeddings=CLIP_ROOM)
+    clip.save_pretrained(tmp_path / 'text_encoder')
+    source, target = str(tmp_path / 'text_encoder'), str(tmp_path / 'target')
+    with pytest.raises(InputError, match=r'has no tokenizer in it or beside it; give --tokenizer'):
+        pool_empty(source, target)
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder(tmp_path / 'tokenizer'))
+    assert 'the vector of the empty prompt, 24 values' in pool_empty(source, target)
+    with pytest.raises(InputError, match='exists already'):
+        pool_empty(source, target)
+    ids = tokenizer('', padding='max_length', max_length=CLIP_ROOM, return_tensors='pt').input_ids
+    with torch.no_grad():
+        want = clip(ids).pooler_output[0]
+    (found,) = published.tensors(tmp_path / 'target').values()
+    assert tiny.error(found, want) <= 1e-5
+    assert read_vector_config(target) == VectorConfig(24)
+    assert weight_shapes(target) == {'vector': (24,)}

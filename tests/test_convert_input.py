@@ -163,7 +163,7 @@ SOURCES = [
     ('good', '--target={room}/notes.txt/out', 'cannot write .*Not a directory'),
 ]
 COMMANDS = [
-    ('', "unknown command ''; there are: list, import, export, check"),
+    ('', "unknown command ''; there are: list, import, export, check, pool"),
     ('chekc qwen2_5_vl', "unknown command 'chekc'"),
     ('import', "want import COMPONENT and flags, got 'import'"),
     ('list qwen2_5_vl', 'want list and flags'),

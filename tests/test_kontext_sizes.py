@@ -1,5 +1,6 @@
 """The size that a context image is brought to is the one that diffusers' pipeline chooses."""
 
+import dataclasses
 import itertools
 import random
 import types
@@ -8,9 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux import pipeline_flux_kontext
+from PIL import Image
 
-from metacanvas_jax.data.kontext_sizes import KONTEXT_SIZES, nearest_kontext_size
+from configs import base
+from metacanvas_jax import build
+from metacanvas_jax.data.kontext_sizes import (
+    KONTEXT_SIZES,
+    context_pixels,
+    context_size,
+    nearest_kontext_size,
+)
+from metacanvas_jax.geometry import Geometry
+from metacanvas_jax.types import InputError
 
 
 class Stop(Exception):
@@ -61,3 +73,42 @@ def test_the_sizes():
     for size in KONTEXT_SIZES:
         assert nearest_kontext_size(*size) == size
         assert all(side % 16 == 0 for side in size)
+
+
+def test_pixels_of_a_context_image():
+    """As the pipeline's image processor brings them to that size, which it counts in tokens."""
+    processor = VaeImageProcessor(vae_scale_factor=16)
+    pixels = np.random.default_rng(0).integers(0, 256, (145, 211, 3), np.uint8)
+    # 144 x 208 of them are whole tokens, of another ratio than all: 1.444, not 1.455.
+    height, width = processor.get_default_height_width(Image.fromarray(pixels))
+    size = nearest_kontext_size(height, width)
+    assert context_size(145, 211, 16) == size == (832, 1248)
+    assert context_size(145, 211, 64) == (832, 1216)
+    # Halfway between 1.5 and 1.346 only whole tokens decide.
+    assert context_size(128, 183, 16) != nearest_kontext_size(128, 183)
+    image = processor.resize(Image.fromarray(pixels), *size)
+    want = processor.preprocess(image, *size)[0].permute(1, 2, 0)
+    np.testing.assert_allclose(context_pixels(pixels, 16), want, atol=1e-6)
+
+
+def test_pictures_that_are_no_context_image():
+    assert context_size(5, 12, 16) == (1024, 1024)  # smaller than a token
+    assert context_size(100, 700, 16) == (672, 1568)
+    with pytest.raises(InputError, match='of 100 x 701 pixels is longer than 7 to 1'):
+        context_size(701, 100, 16)
+
+
+def test_the_size_of_the_result(monkeypatch):
+    """That of the first context image, where none is asked for."""
+    sizes = types.SimpleNamespace(stride=8, patch_size=2)
+    monkeypatch.setattr(build, 'part_sizes', lambda config, name: sizes)
+    geometry = Geometry(base.flux(), 8, 1, 16, takes_context=True)
+    images = [np.zeros((600, 400, 3)), np.zeros((400, 600, 3))]
+    assert geometry.latents((None, None), None, []) == (1, 128, 128)
+    assert geometry.latents((None, None), None, images) == (1, 156, 104)
+    assert geometry.latents((64, None), None, images) == (1, 8, 104)
+    assert geometry.latents((64, 32), None, images) == (1, 8, 4)
+    text = dataclasses.replace(geometry, takes_context=False)
+    assert text.latents((None, None), None, images) == (1, 128, 128)
+    with pytest.raises(InputError, match='height 200 is not a multiple of 16'):
+        geometry.latents((200, None), None, images)

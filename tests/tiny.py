@@ -184,7 +184,8 @@ def randomised(make: Callable, *, seed: int = 0, zero: tuple[str, ...] = PROJECT
         values = np.random.default_rng((seed, zlib.crc32(name.encode()))).normal(size=shape)
         if name.endswith('/scale'):
             return 1 + 0.1 * values
-        return values * (0.1 if name.endswith(('/bias', '/offset')) else shape[-2] ** -0.5)
+        small = name.endswith(('/bias', '/offset')) or len(shape) == 1
+        return values * (0.1 if small else shape[-2] ** -0.5)
 
     return fill(module, {name: draw(name, a.shape) for name, a in named(module).items()})
 

@@ -16,8 +16,6 @@ from metacanvas_jax.data.media import cover, letterbox, opaque
 from metacanvas_jax.data.records import Record
 from metacanvas_jax.types import InputError, Visual
 
-GUIDANCE = 1.0  # that FLUX is told in training, as for GPT-Image-Edit (spec.md section 5.2)
-
 # ------------------------------------------------------------ shapes
 
 
@@ -37,6 +35,17 @@ SHORT_CLIPS: Mapping[str, Callable[[np.ndarray, int], np.ndarray]] = {
     'refuse': _refuse,
     'hold': _hold,  # the last frame, to the end
 }
+
+
+def latent_frames(frames: int, stride: int) -> int:
+    """Those that a VAE makes of so many frames, with its stride in time."""
+    if frames < 1 or (frames - 1) % stride:
+        nearest = max(0, round((frames - 1) / stride)) * stride + 1
+        raise InputError(
+            f'config.data.frames {frames} is not 1 more than a multiple of {stride} '
+            f'(nearest: {nearest})'
+        )
+    return (frames - 1) // stride + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +94,11 @@ def _nothing(bucket: Bucket, records: Sequence[Record]) -> dict[str, Any]:
     return {}
 
 
-def _guidance(bucket: Bucket, records: Sequence[Record]) -> dict[str, Any]:
-    del bucket
-    return {'guidance_B': np.full(len(records), GUIDANCE, np.float32)}
-
-
 def _context_image(bucket: Bucket, records: Sequence[Record]) -> dict[str, Any]:
     """A picture, as large as the target."""
+    del bucket
     sources = [record.source[0] for record in records if record.source is not None]
-    return {**_guidance(bucket, records), 'context_images': (to_float(sources),)}
+    return {'context_images': (to_float(sources),)}
 
 
 def _first_frame(bucket: Bucket, records: Sequence[Record]) -> dict[str, Any]:
@@ -127,9 +132,16 @@ Entrances = Mapping[str | None, Callable[[Bucket, Sequence[Record]], dict[str, A
 
 # What a task gives the DiT (Task.given) -> fields of its Visual.
 SANA: Entrances = {None: _nothing}
-FLUX: Entrances = {None: _guidance, 'source': _context_image}
+FLUX: Entrances = {None: _nothing, 'source': _context_image}
 WAN: Entrances = {None: _nothing, 'first': _first_frame}
 WIDE_WAN: Entrances = {**WAN, 'source': _condition, 'references': _slots}
+
+# config.backbone.kind -> its sizes -> what it takes
+ENTRANCES: Mapping[str, Callable[[Any], Entrances]] = {
+    'sana': lambda sizes: SANA,
+    'flux': lambda sizes: FLUX,
+    'wan': lambda sizes: WIDE_WAN if sizes.condition_channels else WAN,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What is minimised. An objective is loss(model, batch, key); the loop around it is one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,8 +15,13 @@ from metacanvas_jax.mllm.qwen import Qwen
 from metacanvas_jax.types import Batch, TextBatch
 
 
-def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array, *, shift: float) -> jax.Array:
-    """|| v(z_t, t, plan) - (eps - z) ||^2 over noised frames (App. A.2)."""
+def flow_matching(
+    model: MetaCanvas, batch: Batch, key: jax.Array, *, shift: float, guidance: float | None
+) -> jax.Array:
+    """|| v(z_t, t, plan) - (eps - z) ||^2 over noised frames (App. A.2).
+
+    `guidance` is what a DiT is told into which it was distilled.
+    """
     time_key, noise_key, dropout_key = jax.random.split(key, 3)
     clean_BT = batch.visual.clean_BT
     z_BTHWC = batch.latents_BTHWC
@@ -25,8 +31,11 @@ def flow_matching(model: MetaCanvas, batch: Batch, key: jax.Array, *, shift: flo
     eps = jax.random.normal(noise_key, z_BTHWC.shape)
     z_t, u = noised(z_BTHWC, eps, t_BT)
     _, T, H, W, _ = z_BTHWC.shape
+    visual = model.look(batch.visual)
+    if guidance is not None:
+        visual = dataclasses.replace(visual, guidance_B=jnp.full(len(z_BTHWC), guidance))
     plan = model.plan(batch.texts, (T, H, W), dropout_key)
-    return flow_loss(model.velocity(z_t, t_BT, plan, model.look(batch.visual)), u, clean_BT)
+    return flow_loss(model.velocity(z_t, t_BT, plan, visual), u, clean_BT)
 
 
 def next_token(model: Qwen, batch: TextBatch, key: jax.Array) -> jax.Array:
@@ -41,6 +50,10 @@ def next_token(model: Qwen, batch: TextBatch, key: jax.Array) -> jax.Array:
 
 # config.objective -> config -> loss(model, batch, key)
 OBJECTIVES = {
-    'flow': lambda config: functools.partial(flow_matching, shift=config.flow.train_shift),
+    'flow': lambda config: functools.partial(
+        flow_matching,
+        shift=config.flow.train_shift,
+        guidance=config.flow.get('embedded_guidance'),
+    ),
     'next_token': lambda config: next_token,
 }

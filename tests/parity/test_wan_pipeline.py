@@ -122,7 +122,7 @@ def test_videos_of_the_whole_pipeline(published, tmp_path, task, monkeypatch):
         (['--frames=8'], r'frames 8 is not 1 more than a multiple of 4 \(nearest: 5\)'),
         (['--height=40'], r'height 40 is not a multiple of 16 \(nearest: (32|48)\)'),
         (['--frames=1', '--image=HERE/a.png'], r'a picture has no first frame; ask for several'),
-        (['--video=a.mp4'], r'--video and several --image go with --task describe'),
+        (['--video=a.mp4'], r'--video goes with --task describe'),
     ],
 )
 def test_bad_input(published, tmp_path, run, args, message):  # noqa: F811
