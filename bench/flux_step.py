@@ -1,8 +1,8 @@
 """Bytes of the full-size train step and forward of configs/flux_edit.py, compiled, never run.
 
-    python -m bench.flux_step [--output=FILE.json]
+    python -m bench.flux_step [--devices 1 8] [--output=FILE.json]
 
-One edit of a megapixel for each of 1 and 8 devices (FSDP), on CPU devices that are not there.
+One edit of a megapixel for each of so many devices (FSDP), on at most 8 CPUs that are not there.
 Arguments and results are what every machine has. Temporary bytes are the CPU compiler's, an upper
 bound: it computes bf16 matmuls in fp32, and its attention keeps all scores of a layer.
 """
@@ -155,6 +155,7 @@ def sampler(graphdef, trainable, frozen, batch: Batch, mesh: Mesh) -> tuple:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--devices', type=int, nargs='+', default=[1, 8])
     parser.add_argument('--output', default=str(ROOT / 'bench/results/flux_step.json'))
     args = parser.parse_args()
     load = os.getloadavg()[0]
@@ -164,7 +165,7 @@ def main() -> None:
             'what': 'configs/flux_edit.py at full size, compiled for CPU devices, never run',
             'batch_per_device': 1,
             'tokens': {'target': 4096, 'context image': 4096, 'prompt': WORDS, 'canvas': 1024},
-            'gigabytes_per_device': {n: compiled(config, n) for n in (1, 8)},
+            'gigabytes_per_device': {n: compiled(config, n) for n in args.devices},
         }
     record(args.output, result, load=load, packages=PACKAGES)
 

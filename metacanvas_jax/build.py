@@ -199,18 +199,6 @@ def picture_size(config: ConfigDict) -> tuple[int, int]:
     return (data.height, data.width) if 'height' in data else (data.size, data.size)
 
 
-def latent_frames(config: ConfigDict, frames: int) -> int:
-    """Those that the VAE makes of so many."""
-    stride = find_part(config, 'vae').module.time_stride
-    if frames < 1 or (frames - 1) % stride:
-        nearest = max(0, round((frames - 1) / stride)) * stride + 1
-        raise InputError(
-            f'config.data.frames {frames} is not 1 more than a multiple of {stride} '
-            f'(nearest: {nearest})'
-        )
-    return (frames - 1) // stride + 1
-
-
 # ---------------------------------------------------------------- modules
 
 

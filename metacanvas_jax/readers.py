@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from metacanvas_jax.build import (
     choose,
-    latent_frames,
+    find_part,
     part_sizes,
     picture_size,
     shipped,
@@ -81,14 +81,6 @@ def _tokenizer(config: ConfigDict, group: str, name: str) -> pathlib.Path:
     return folder
 
 
-# config.backbone.kind -> how pictures come into it
-ENTRANCES = {
-    'sana': lambda sizes: visuals.SANA,
-    'flux': lambda sizes: visuals.FLUX,
-    'wan': lambda sizes: visuals.WIDE_WAN if sizes.condition_channels else visuals.WAN,
-}
-
-
 def build_visuals(config: ConfigDict) -> Visuals:
     data, (height, width) = config.data, picture_size(config)
     frames = data.get('frames', 1)
@@ -96,13 +88,13 @@ def build_visuals(config: ConfigDict) -> Visuals:
         height=height,
         width=width,
         frames=frames,
-        latent_frames=latent_frames(config, frames),
+        latent_frames=visuals.latent_frames(frames, find_part(config, 'vae').module.time_stride),
         references=data.get('references', 0),
         short_clips=data.get('short_clips', 'refuse'),
     )
     choose(visuals.SHORT_CLIPS, bucket.short_clips, 'config.data.short_clips')
-    entrances = ENTRANCES[config.backbone.kind](part_sizes(config, 'backbone'))
-    return Visuals(bucket, entrances)
+    sizes = part_sizes(config, 'backbone')
+    return Visuals(bucket, visuals.ENTRANCES[config.backbone.kind](sizes))
 
 
 def build_readers(config: ConfigDict) -> Readers:

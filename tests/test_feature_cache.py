@@ -154,6 +154,9 @@ def test_records_made_as_they_are_read_are_refused(tars, tokenizer, tmp_path):
     config.data.source = 'shapes'
     with pytest.raises(InputError, match=r"records of source 'shapes' .* cannot be cached"):
         open_caches(config)
+    config.data.tasks = dict(t2i=0.8, recon=0.2)
+    with pytest.raises(InputError, match="keeps pictures and their captions; task 'recon' wants"):
+        open_caches(config)
 
 
 def test_names_of_nnx_parts_stay(tars, tokenizer, tmp_path):

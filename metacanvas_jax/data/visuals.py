@@ -37,6 +37,17 @@ SHORT_CLIPS: Mapping[str, Callable[[np.ndarray, int], np.ndarray]] = {
 }
 
 
+def latent_frames(frames: int, stride: int) -> int:
+    """Those that a VAE makes of so many frames, with its stride in time."""
+    if frames < 1 or (frames - 1) % stride:
+        nearest = max(0, round((frames - 1) / stride)) * stride + 1
+        raise InputError(
+            f'config.data.frames {frames} is not 1 more than a multiple of {stride} '
+            f'(nearest: {nearest})'
+        )
+    return (frames - 1) // stride + 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Bucket:
     """The static shapes of a system's batches."""
@@ -124,6 +135,13 @@ SANA: Entrances = {None: _nothing}
 FLUX: Entrances = {None: _nothing, 'source': _context_image}
 WAN: Entrances = {None: _nothing, 'first': _first_frame}
 WIDE_WAN: Entrances = {**WAN, 'source': _condition, 'references': _slots}
+
+# config.backbone.kind -> its sizes -> what it takes
+ENTRANCES: Mapping[str, Callable[[Any], Entrances]] = {
+    'sana': lambda sizes: SANA,
+    'flux': lambda sizes: FLUX,
+    'wan': lambda sizes: WIDE_WAN if sizes.condition_channels else WAN,
+}
 
 
 @dataclasses.dataclass(frozen=True)
