@@ -67,7 +67,7 @@ def measure(run: Callable[[], object], repeats: int) -> dict[str, float | int]:
 def ours(size: str, prompt: Prompt, repeats: int) -> dict[str, float | int]:
     def make(key) -> Qwen:
         model = Qwen(
-            PRESETS[size], None, remat='all', dtype=jnp.bfloat16, rngs=nnx.Rngs(params=key)
+            PRESETS[size], None, remat='none', dtype=jnp.bfloat16, rngs=nnx.Rngs(params=key)
         )
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
 

@@ -59,7 +59,7 @@ def get_config(variant: str = 'canvas') -> ConfigDict:
     config.mllm = dict(
         kind='qwen2_5_vl',
         size='7b',
-        remat='none',
+        remat='full',
         lora=dict(rank=64, alpha=64.0, dropout=0.05),
     )
     config.prompt = dict(

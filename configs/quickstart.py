@@ -37,7 +37,7 @@ def flux(config: ConfigDict) -> None:
     config.steps = 1400
     config.backbone = dict(
         kind='flux',
-        remat='none',
+        remat='full',
         in_channels=48,
         num_layers=2,
         num_single_layers=2,
@@ -94,7 +94,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.mllm = dict(
         kind='qwen2_5_vl',
         size='tiny',
-        remat='none',
+        remat='full',
         lora=dict(rank=0, alpha=0.0, dropout=0.0),
     )
     config.prompt = dict(
@@ -123,7 +123,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.backbone = dict(
         kind='sana',
         lora=dict(rank=0, alpha=0.0, dropout=0.0),
-        remat='none',  # recomputing is faster than moving memory on two cores
+        remat='full',  # recomputing is faster than moving memory on two cores
         in_channels=48,
         num_attention_heads=4,
         attention_head_dim=32,

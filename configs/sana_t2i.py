@@ -72,7 +72,7 @@ def get_config(variant: str = 'canvas') -> ConfigDict:
     config.mllm = dict(
         kind='qwen2_5_vl',
         size='3b',
-        remat='all',
+        remat='full',
         lora=dict(rank=0, alpha=0.0, dropout=0.0),
     )
     config.prompt = dict(
@@ -109,7 +109,7 @@ def get_config(variant: str = 'canvas') -> ConfigDict:
     config.backbone = dict(
         kind='sana',
         size='sana_1600m',
-        remat='all',
+        remat='full',
         lora=dict(rank=0, alpha=0.0, dropout=0.0),
     )
     config.vae = dict(kind='dc_ae', size='dc_ae_f32c32')

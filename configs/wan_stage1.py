@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.mllm = dict(
         kind='qwen2_5_vl',
         size='7b',
-        remat='all',
+        remat='full',
         lora=dict(rank=0, alpha=0.0, dropout=0.0),
     )
     config.prompt = dict(
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     )
     config.context = dict(kind='mllm', hidden=4 * 3072, activation='gelu_tanh', dropout=0.1, skip=0)
     config.backbone = dict(
-        kind='wan', size='ti2v_5b', changes=dict(text_embedder='none'), remat='all'
+        kind='wan', size='ti2v_5b', changes=dict(text_embedder='none'), remat='attention'
     )
     config.vae = dict(kind='wan_vae', size='wan2.2')
     config.flow = dict(train_shift=1.0)

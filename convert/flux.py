@@ -170,7 +170,7 @@ def _count(blocks: str, shapes: Shapes) -> int:
 
 
 def _model(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> Flux:
-    return Flux(config, remat='none', dtype=dtype, rngs=rngs)
+    return Flux(config, remat='full', dtype=dtype, rngs=rngs)
 
 
 def _sizes_of(module: nnx.Module) -> FluxConfig:

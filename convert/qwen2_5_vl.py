@@ -56,7 +56,7 @@ def _vision(config: VisionConfig, prefix: str) -> list[Rule]:
 
 
 def _model(config: QwenConfig, dtype: Any, rngs: nnx.Rngs) -> Qwen:
-    return Qwen(config, None, remat='none', dtype=dtype, rngs=rngs)
+    return Qwen(config, None, remat='full', dtype=dtype, rngs=rngs)
 
 
 def _sizes_of(module: nnx.Module) -> QwenConfig:

@@ -51,7 +51,7 @@ def _block() -> list[Rule]:
 
 
 def _model(config: SanaConfig, dtype: Any, rngs: nnx.Rngs) -> Sana:
-    return Sana(config, remat='none', dtype=dtype, rngs=rngs)
+    return Sana(config, remat='full', dtype=dtype, rngs=rngs)
 
 
 def _sizes_of(module: nnx.Module) -> SanaConfig:

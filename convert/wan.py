@@ -105,7 +105,7 @@ def _block(names: Mapping[str, str]) -> list[Rule]:
 
 
 def _model(config: WanConfig, dtype: Any, rngs: nnx.Rngs) -> Wan:
-    return Wan(config, remat='none', dtype=dtype, rngs=rngs)
+    return Wan(config, remat='full', dtype=dtype, rngs=rngs)
 
 
 def _sizes_of(module: nnx.Module) -> WanConfig:

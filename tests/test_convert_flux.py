@@ -181,7 +181,7 @@ def _manifest(name: str) -> dict[str, Any]:
 def full(tmp_path_factory):
     """FLUX.1 at its size; nothing is allocated."""
     config = _read(tmp_path_factory.mktemp('full'), _manifest('flux1_kontext_dev')['config'])
-    return jax.eval_shape(lambda: Flux(config, remat='none', dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    return jax.eval_shape(lambda: Flux(config, remat='full', dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
 
 
 # spec.md section 5.2: what the experiment on editing trains, and its alternatives.

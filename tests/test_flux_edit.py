@@ -83,7 +83,7 @@ def small() -> ConfigDict:
     config, other = flux_edit.get_config(), tiny.config()
     config.update(batch_size=2, dtype='float32', steps=STEPS)
     config.weights = dict.fromkeys(config.weights, 'random')
-    config.mllm.update(size='tiny', remat='none')
+    config.mllm.update(size='tiny', remat='full')
     config.mllm.lora.update(rank=2, alpha=2.0)
     config.prompt.update(tokenizer='tiny_qwen', buckets=(64,), max_text=16)
     config.pooled_encoder = dict(kind='stored', width=20)
@@ -91,7 +91,7 @@ def small() -> ConfigDict:
     config.canvas.update(grid=(2, 2), head_dim=32)
     config.backbone = dict(
         kind='flux',
-        remat='none',
+        remat='full',
         in_channels=48,
         num_layers=1,
         num_single_layers=2,

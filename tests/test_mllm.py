@@ -284,7 +284,7 @@ def test_initial_values_follow_the_config(tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(wide.to_json()))
     found = read_config(tmp_path)
     assert found == preset
-    model = Qwen(found, None, remat='none', dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model = Qwen(found, None, remat='full', dtype=jnp.float32, rngs=nnx.Rngs(0))
     language, tower = model.language, model.vision
     assert tower
     for scale, kernel in (

@@ -122,7 +122,7 @@ def shrink(config: ConfigDict, tokenizer: pathlib.Path) -> ConfigDict:
     config.weights = dict.fromkeys(config.weights, 'random')
     config.weights.backbone = None if lora.rank == 0 else 'random'
     if 'mllm' in config:
-        config.mllm.update(size='tiny', remat='none')
+        config.mllm.update(size='tiny', remat='full')
         config.mllm.lora.rank = min(config.mllm.lora.rank, 2)
         config.prompt.update(tokenizer='tiny_qwen', buckets=(64,), max_text=16)
     if 'text_encoder' in config:

@@ -190,7 +190,7 @@ def test_full_size_sana():
         patch_size=1,
         qk_norm=None,
     )
-    model = jax.eval_shape(lambda: Sana(config, remat='none', dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = jax.eval_shape(lambda: Sana(config, remat='full', dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     assert sum(parameter_sizes(model).values()) == 1_604_462_752
 
 
@@ -201,7 +201,7 @@ def test_full_size_sana():
 def test_full_size_lora(size, rank, lora):
     adapter = LoraConfig(rank=rank, alpha=rank, dropout=0.05)
     model = jax.eval_shape(
-        lambda: Qwen(PRESETS[size], adapter, remat='none', dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        lambda: Qwen(PRESETS[size], adapter, remat='full', dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     )
     sizes = parameter_sizes(model)
     assert sum(size for name, size in sizes.items() if '/lora/' in name) == lora

@@ -40,7 +40,7 @@ TIMES = frame_times(jnp.array([0.3, 0.8]), CLEAN)
 
 
 def _wan(rngs) -> Wan:
-    return Wan(CONFIG, remat='all', dtype=jnp.float32, rngs=rngs)
+    return Wan(CONFIG, remat='none', dtype=jnp.float32, rngs=rngs)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ T, H, W = 3, 4, 6
 
 
 def backbone(config: WanConfig):
-    return lambda rngs: Wan(config, remat='none', dtype=jnp.float32, rngs=rngs)
+    return lambda rngs: Wan(config, remat='full', dtype=jnp.float32, rngs=rngs)
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ def config_of(folder, **changes):
     config.mllm.size = 'tiny_text'
     config.weights.backbone = str(folder)
     changes = dict(text_embedder='none', **changes)
-    config.backbone = dict(kind='wan', size=None, changes=changes, remat='none')
+    config.backbone = dict(kind='wan', size=None, changes=changes, remat='full')
     return config
 
 
@@ -69,7 +69,7 @@ def test_widened_input_and_new_canvas_change_nothing(published, quick_compiles):
     for name, array in kept.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
-    narrow = build_part(config_of(folder), 'backbone', jax.random.key(0), remat='none')
+    narrow = build_part(config_of(folder), 'backbone', jax.random.key(0), remat='full')
     narrow = tiny.fill(narrow, kept)
     clean_BT = jnp.array([[1.0, 0, 0], [0, 0, 0]])
     z, t_BT = tiny.normal(2, T, H, W, 12), frame_times(jnp.array([0.3, 0.8]), clean_BT)
@@ -105,7 +105,7 @@ def test_weights_may_lack_what_is_new_and_nothing_else(published, tmp_path):
     folder, arrays = published
     wide = jax.eval_shape(
         lambda: build_part(
-            config_of(folder, in_channels=28), 'backbone', jax.random.key(0), remat='none'
+            config_of(folder, in_channels=28), 'backbone', jax.random.key(0), remat='full'
         )
     )
     differ = dict(new=('condition_embedding/',), unused=('text_embedder/',))

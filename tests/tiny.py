@@ -108,7 +108,7 @@ class Video(Backbone):
 
 
 def sana(rngs: nnx.Rngs) -> Sana:
-    return Sana(SANA, remat='all', dtype=jnp.float32, rngs=rngs)
+    return Sana(SANA, remat='none', dtype=jnp.float32, rngs=rngs)
 
 
 def video(rngs: nnx.Rngs) -> Video:
@@ -116,7 +116,7 @@ def video(rngs: nnx.Rngs) -> Video:
 
 
 def qwen(rngs: nnx.Rngs, lora: LoraConfig | None = None, config: QwenConfig = QWEN) -> Qwen:
-    return Qwen(config, lora, remat='all', dtype=jnp.float32, rngs=rngs)
+    return Qwen(config, lora, remat='none', dtype=jnp.float32, rngs=rngs)
 
 
 def canvas_config(**changes) -> CanvasConfig:

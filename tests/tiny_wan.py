@@ -39,7 +39,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     """The same system, whose autoencoder takes pixels as they are: a latent frame a frame."""
     config.update(batch_size=8, dtype='float32', steps=30, mesh=dict(data=-1, fsdp=1, tensor=1))
     config.weights = dict.fromkeys(config.weights, 'random')
-    config.mllm.update(size='tiny', remat='none')
+    config.mllm.update(size='tiny', remat='full')
     config.mllm.lora.update(rank=min(config.mllm.lora.rank, 2), dropout=0.0)
     config.prompt.update(tokenizer='tiny_qwen', buckets=(64,), max_text=16)
     config.prompt.update(pictures=(1, 4), windows=(1,), side=32)
@@ -48,7 +48,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     wide = 'in_channels' in config.backbone.changes
     config.backbone = dict(
         kind='wan',
-        remat='none',
+        remat='full',
         in_channels=28 if wide else 12,
         out_channels=12,
         num_attention_heads=2,

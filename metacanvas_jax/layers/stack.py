@@ -5,11 +5,11 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-# What a layer's forward keeps for its backward: 'none' recomputes all of it (least memory), 'all'
-# recomputes nothing (no checkpointing: everything_saveable would add copies of its own).
+# What is computed again in the backward pass: 'full' everything (least memory), 'none' nothing (no
+# checkpointing: everything_saveable would add copies of its own), the others all but what they name.
 POLICIES = {
-    'none': jax.checkpoint_policies.nothing_saveable,
-    'all': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'none': None,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     # cuDNN attention's forward is the one thing worth its memory: performance.md section 3.
     'attention': lambda prim, *_, **__: 'dot_product_attention_fwd' in prim.name,

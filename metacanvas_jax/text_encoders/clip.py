@@ -107,7 +107,7 @@ class Clip(PooledEncoder):
         L, most = ids_BL.shape[1], self.config.max_position_embeddings
         assert most >= L, f'CLIP reads {most} tokens, got {L}'
         x_BLD = self.token_embedding[...][ids_BL] + self.position_embedding[:L]
-        x_BLD = fold(self.layers, x_BLD.astype(self.dtype), lambda layer, x: layer(x), remat='all')
+        x_BLD = fold(self.layers, x_BLD.astype(self.dtype), lambda layer, x: layer(x), remat='none')
         x_BLD = self.final_layer_norm(x_BLD)
         end_B11 = end_of_text(jnp.asarray(ids_BL), self.config.eos_token_id)[:, None, None]
         return x_BLD, jnp.take_along_axis(x_BLD, end_B11, 1)[:, 0]

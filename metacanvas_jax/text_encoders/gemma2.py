@@ -181,7 +181,7 @@ class Gemma2(TextEncoder):
             return layer(x_BLD, angles, mask_LL[None]), None
 
         windows = jnp.asarray(self.config.windows, jnp.int32)
-        return self.norm(scan(self.layers, x_BLD, step, windows, remat='all')[0])
+        return self.norm(scan(self.layers, x_BLD, step, windows, remat='none')[0])
 
     def context(self, prompt: EncoderPrompt) -> EncoderStates:
         """What the DiT gets of a prompt."""

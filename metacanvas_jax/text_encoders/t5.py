@@ -206,7 +206,7 @@ class T5(TextEncoder):
             return block(x_BLD, spread(table_bN, buckets_of, L), length_B), None
 
         tables = self.relative_attention_bias.tables()
-        x_BLD = self.final_layer_norm(scan(self.block, x_BLD, step, tables, remat='all')[0])
+        x_BLD = self.final_layer_norm(scan(self.block, x_BLD, step, tables, remat='none')[0])
         valid_BL = jnp.arange(L) < jnp.asarray(length_B)[:, None]
         return jnp.where(valid_BL[..., None], x_BLD, 0)
 

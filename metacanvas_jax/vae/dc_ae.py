@@ -106,7 +106,7 @@ def make_blocks(stage: Stage, rngs: nnx.Rngs):
 
 def run_blocks(blocks, x_BHWC: jax.Array) -> jax.Array:
     x_BHWC = constrain(x_BHWC, BATCH_AXES, None, None, None)
-    return fold(blocks, x_BHWC, lambda block, x: block(x), remat='all')
+    return fold(blocks, x_BHWC, lambda block, x: block(x), remat='none')
 
 
 # ------------------------------------------------------------ between stages

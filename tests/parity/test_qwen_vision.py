@@ -405,7 +405,7 @@ def test_a_batch_is_split_over_devices():
     [('3b', 668_684_288, 3_085_938_688), ('7b', 676_550_144, 7_615_616_512)],
 )
 def test_full_size(size, vision, language):
-    make = lambda: Qwen(PRESETS[size], None, remat='none', dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    make = lambda: Qwen(PRESETS[size], None, remat='full', dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     sizes = parameter_sizes(jax.eval_shape(make))
     for part, count in (('vision/', vision), ('language/', language)):
         assert sum(n for name, n in sizes.items() if name.startswith(part)) == count

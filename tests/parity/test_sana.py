@@ -187,7 +187,7 @@ CONFIGS = {
 
 
 def _make(name: str):
-    return lambda rngs: Sana(CONFIGS[name], remat='all', dtype=jnp.float32, rngs=rngs)
+    return lambda rngs: Sana(CONFIGS[name], remat='none', dtype=jnp.float32, rngs=rngs)
 
 
 @functools.cache
