@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 # What is computed again in the backward pass: 'full' everything (least memory), 'none' nothing (no
-# checkpointing: everything_saveable would add copies of its own), the others all but what they name.
+# checkpointing: everything_saveable would add copies of its own), the others all but what they say.
 POLICIES = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'none': None,
