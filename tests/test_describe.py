@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import metacanvas_jax as mc
 from configs import base, quickstart_mllm
+from metacanvas_jax.build import ASSETS
 from metacanvas_jax.data.shapes import RELATIONS, SPLITS, render, requests
 from metacanvas_jax.data.shapes_text import GENERATE, ShapeTexts
 from metacanvas_jax.data.shapes_text import answer as answered
@@ -86,8 +89,8 @@ def test_an_instruction_is_read_with_its_picture(describer):
 
 def test_batch_and_seed(describer):
     """What else is asked changes no answer; draws depend on the seed alone."""
-    together = describer([text.user for text in QUESTIONS], max_new_tokens=8)
-    alone = describer([QUESTIONS[3].user], max_new_tokens=8)
+    together = describer([text.user for text in QUESTIONS], max_new_tokens=64)
+    alone = describer([QUESTIONS[3].user], max_new_tokens=64)
     assert alone[0] == together[3]
     assert together[3].ids[-1] == describer.encoder.tokenizer.end
     hot = dict(max_new_tokens=24, temperature=3.0)
@@ -99,18 +102,31 @@ def test_command(describer, tmp_path):
     """`sample.py --task describe` with the MLLM alone."""
     text = QUESTIONS[0]
     out = tmp_path / 'answer.json'
-    options = ('--config.dtype', 'float32', '--config.prompt.buckets', '(96,)')
+    options = ('--config.dtype', 'float32', '--config.prompt.buckets', '(128,)')
     ask = ('--task', 'describe', '--prompt', text.user, '--output', out)
     done = finished('sample.py', *QWEN, *options, *ask)
-    (answer,) = describer([text.user], max_new_tokens=8)
+    (answer,) = describer([text.user], max_new_tokens=64)
     assert done.stdout == f'{answer.text}\n'
     assert json.loads(out.read_text()) == {'text': answer.text, 'ids': answer.ids}
 
 
 def test_weights_for_text_refuse_pictures(tmp_path):
+    """Those of the shipped model without its eyes."""
+    folder = tmp_path / 'text'
+    shutil.copytree(ASSETS / 'tiny_qwen', folder)
+    config = json.loads((folder / 'config.json').read_text())
+    kept = ('spatial_merge_size', 'tokens_per_second')
+    config['vision_config'] = {name: config['vision_config'][name] for name in kept}
+    (folder / 'config.json').write_text(json.dumps(config))
+    arrays = load_file(folder / 'model.safetensors')
+    words = {name: array for name, array in arrays.items() if not name.startswith('vision/')}
+    assert 0 < len(words) < len(arrays)
+    save_file(words, folder / 'model.safetensors')
+
     Image.new('RGB', (64, 64)).save(tmp_path / 'picture.png')
     ask = ('--task=describe', '--prompt=What is this?', f'--image={tmp_path}/picture.png')
-    code, stderr = process('sample', *QWEN, *ask)
+    config = ('--config=configs/base.py:qwen', f'--config.weights.mllm={folder}')
+    code, stderr = process('sample', *config, *ask)
     assert_one_line(code, stderr, 'for text alone: it sees no pictures')
 
 
