@@ -183,7 +183,7 @@ SAMPLE = [
     (
         [*FILE, '--image=HERE/a.png'],
         '{"prompt": "x"}',
-        '--image goes with --prompt, not wi',
+        '--image, --reference and --video go with --prompt',
     ),
     ([*FILE, '--noise=HERE/flat.npy'], '{"prompt": "x"}', 'go with --prompt, not with --prompts'),
     (FILE, None, '--prompts .*prompts.jsonl does not exist'),

@@ -304,7 +304,7 @@ def test_as_a_source_of_a_run(tmp_path):
     folder = shards(tmp_path / 'tars')
     data = ConfigDict(dict(path=str(folder), size=16, seed=3))
     found = SOURCES['captioned'](data)
-    assert found.keys() == {'t2i'}
+    assert found.keys() == {'t2i', 'recon'}
     assert found['t2i'][5].pixels.shape == (1, 16, 16, 3)
     with pytest.raises(InputError, match=r'config\.data\.path is missing'):
         SOURCES['captioned'](ConfigDict(dict(size=16, seed=3)))

@@ -21,6 +21,7 @@ from metacanvas_jax.data.kontext_sizes import (
     context_size,
     nearest_kontext_size,
 )
+from metacanvas_jax.data.records import Record
 from metacanvas_jax.geometry import Geometry
 from metacanvas_jax.types import InputError
 
@@ -99,16 +100,19 @@ def test_pictures_that_are_no_context_image():
 
 
 def test_the_size_of_the_result(monkeypatch):
-    """That of the first context image, where none is asked for."""
+    """That of the picture to be edited, where none is asked for."""
     sizes = types.SimpleNamespace(stride=8, patch_size=2)
     monkeypatch.setattr(build, 'part_sizes', lambda config, name: sizes)
     geometry = Geometry(base.flux(), 8, 1, 16, takes_context=True)
-    images = [np.zeros((600, 400, 3)), np.zeros((400, 600, 3))]
-    assert geometry.latents((None, None), None, []) == (1, 128, 128)
-    assert geometry.latents((None, None), None, images) == (1, 156, 104)
-    assert geometry.latents((64, None), None, images) == (1, 8, 104)
-    assert geometry.latents((64, 32), None, images) == (1, 8, 4)
-    text = dataclasses.replace(geometry, takes_context=False)
-    assert text.latents((None, None), None, images) == (1, 128, 128)
+    text = Record('')
+    edit = Record('', source=np.zeros((1, 600, 400, 3)), references=(np.zeros((400, 600, 3)),))
+    assert geometry.latents((None, None), None, text) == (1, 128, 128)
+    assert geometry.latents((None, None), None, edit) == (1, 156, 104)
+    assert geometry.latents((64, None), None, edit) == (1, 8, 104)
+    assert geometry.latents((64, 32), None, edit) == (1, 8, 4)
+    fixed = base.flux()
+    del fixed.data.sizes
+    one_size = dataclasses.replace(geometry, config=fixed)
+    assert one_size.latents((None, None), None, edit) == (1, 128, 128)
     with pytest.raises(InputError, match='height 200 is not a multiple of 16'):
-        geometry.latents((200, None), None, images)
+        geometry.latents((200, None), None, edit)

@@ -248,4 +248,5 @@ def config(**canvas) -> ConfigDict:
     config.data.size = 8
     config.optimizer.warmup_steps = 1
     config.optimizer.ema = 0.0
+    config.optimizer.weight_decay = 0.0  # what moves has had a gradient
     return config
