@@ -1,0 +1,73 @@
+"""Section 5.1 in small: text, MetaQuery and MetaCanvas in the shapes world at one budget.
+
+    for v in sana no_canvas metaquery; do
+        python train.py --config configs/quickstart.py:$v --workdir runs/$v
+    done
+    python -m bench.quickstart_variants runs/sana runs/no_canvas runs/metaquery
+
+Writes bench/results/quickstart_variants.json, scores and losses, and docs/quickstart_variants.png.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from bench.record import record
+
+EVERY = 100  # steps of which the mean is taken
+SIZE, LEFT, TOP = (640, 320), 48, 12
+COLOURS = ('#1f5fbf', '#c0392b', '#1e8449', '#8e44ad')
+
+
+def curve(workdir: pathlib.Path) -> list[float]:
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    losses = np.array([json.loads(line)['loss'] for line in lines])
+    whole = len(losses) // EVERY * EVERY
+    return losses[:whole].reshape(-1, EVERY).mean(1).round(4).tolist()
+
+
+def plot(curves: dict[str, list[float]], scores: dict[str, dict]) -> Image.Image:
+    """Loss by step, both linear, from 0 to 0.3."""
+    image = Image.new('RGB', SIZE, 'white')
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
+    width, height = SIZE[0] - LEFT - 12, SIZE[1] - TOP - 36
+    steps = max(map(len, curves.values()))
+
+    def at(step: float, loss: float) -> tuple[float, float]:
+        return LEFT + width * step / steps, TOP + height * (1 - min(loss, 0.3) / 0.3)
+
+    for loss in (0.0, 0.1, 0.2, 0.3):
+        draw.line([at(0, loss), at(steps, loss)], fill='#dddddd')
+        draw.text((8, at(0, loss)[1] - 7), f'{loss:.1f}', fill='black', font=font)
+    for step in range(0, steps + 1, 5):
+        draw.text(
+            (at(step, 0)[0] - 8, TOP + height + 4), f'{step * EVERY}', fill='black', font=font
+        )
+    draw.text((LEFT + width // 2 - 60, TOP + height + 20), 'loss by step', fill='black', font=font)
+    for i, (name, losses) in enumerate(curves.items()):
+        points = [at(step + 1, loss) for step, loss in enumerate(losses)]
+        draw.line(points, fill=COLOURS[i], width=2)
+        told = ' / '.join(
+            f'{scores[name][split]["overall"]:.2f}' for split in ('train', 'held_out')
+        )
+        draw.text((SIZE[0] - 230, TOP + 6 + 16 * i), f'{name}: {told}', fill=COLOURS[i], font=font)
+    return image
+
+
+def main(folders: list[str]) -> None:
+    workdirs = {pathlib.Path(folder).name: pathlib.Path(folder) for folder in folders}
+    curves = {name: curve(workdir) for name, workdir in workdirs.items()}
+    scores = {n: json.loads((w / 'score.json').read_text()) for n, w in workdirs.items()}
+    rows = {name: {'score': scores[name], 'loss': curves[name]} for name in workdirs}
+    plot(curves, scores).save('docs/quickstart_variants.png')
+    result = {'what': 'configs/quickstart.py', 'steps_of_a_mean': EVERY, 'runs': rows}
+    output = 'bench/results/quickstart_variants.json'
+    record(output, result, load=os.getloadavg()[0], packages=('jax', 'flax'))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
