@@ -51,8 +51,9 @@ ROWS = {  # what learns at full size: spec.md sections 3.9, 4 and 5.1
 # As far as a tiny run goes, these are others of the rows, or parts of them.
 SAME = {('ablations', 'full'), ('ablations', 'baseline'), ('lora', 'canvas')}
 SAME |= {('lora', 'text_positions'), ('t2i', 'text_metaquery')}
-# And these train in test_sizes.py.
+# And these train in test_sizes.py, or their fusions in test_fusion.py.
 SAME |= {('ablations', 'no_dit_block'), ('ablations', 'no_vanilla_block')}
+SAME |= {('ablations', 'no_timestep'), ('ablations', 'before_patchify')}
 MODULES = {'t2i': sana_t2i, 'ablations': sana_ablations, 'lora': sana_lora}
 STEPS = 20
 
