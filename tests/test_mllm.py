@@ -159,11 +159,11 @@ def test_padding_on_the_right_changes_nothing():
             canvas(model, long, TOKENS, _mask('causal')),
             canvas(model, short, TOKENS, _mask('causal')),
         )
-        <= 1e-5
+        <= 1e-6
     )
     (a, _), (b, _) = prefix(model, long), prefix(model, short)
     for row, L in enumerate(short.length_B):
-        assert tiny.error(a[row, :L], b[row, :L]) <= 1e-5
+        assert tiny.error(a[row, :L], b[row, :L]) <= 1e-6
     ids = np.where(np.arange(12) < short.length_B[:, None], short.ids_BL, 7)
     other = canvas(model, short.replace(ids_BL=ids), TOKENS, _mask('causal'))
     np.testing.assert_array_equal(other, canvas(model, short, TOKENS, _mask('causal')))
