@@ -4,13 +4,9 @@ transformers 5 has no prefix in memory; it writes back the one that it read, and
 model. The image model and the projections of a whole CLIP are not ours.
 """
 
-from typing import Any
-
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Rule, linear
-from metacanvas_jax.text_encoders.clip import Clip, ClipConfig, read_config
+from metacanvas_jax.text_encoders.clip import Clip, read_config
 
 
 def _rules(prefix: str) -> list[Rule]:
@@ -33,15 +29,6 @@ def _norm(ours: str, theirs: str) -> list[Rule]:
     return [Rule(f'{ours}/scale', f'{theirs}.weight'), Rule(f'{ours}/bias', f'{theirs}.bias')]
 
 
-def _model(config: ClipConfig, dtype: Any, rngs: nnx.Rngs) -> Clip:
-    return Clip(config, dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> ClipConfig:
-    assert isinstance(module, Clip), type(module)
-    return module.config
-
-
 def _layout(prefix: str) -> Layout:
     names = ('embeddings.token_embedding.weight', 'embeddings.position_embedding.weight')
     signs = tuple(prefix + name for name in names)
@@ -49,8 +36,7 @@ def _layout(prefix: str) -> Layout:
 
 
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=Clip,
     layouts={'transformers': _layout('text_model.'), 'transformers_5': _layout('')},
 )

@@ -5,11 +5,7 @@ end) or from the one before (decoder: at the start). A table has rules for every
 norm; those whose parameters a model lacks are passed over.
 """
 
-from typing import Any
-
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Rearrange, Rule, linear
 from metacanvas_jax.vae.dc_ae import DcAe
 from metacanvas_jax.vae.dc_ae_config import DcAeConfig, Stage, read_config
@@ -99,19 +95,9 @@ def _norm(ours: str, theirs: str) -> list[Rule]:
     return [Rule(f'{ours}/{mine}', f'{theirs}.{name}') for mine, name in names.items()]
 
 
-def _model(config: DcAeConfig, dtype: Any, rngs: nnx.Rngs) -> DcAe:
-    return DcAe(config, dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> DcAeConfig:
-    assert isinstance(module, DcAe), type(module)
-    return module.config
-
-
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=DcAe,
     layouts={
         # The upsampling of the second stage: there is one where there are three.
         'diffusers': Layout(

@@ -37,9 +37,10 @@ class Family:
 
     # From the folder's config.json, or from the shapes of our own parameters.
     sizes: Callable[[pathlib.Path, Shapes], Any]
-    sizes_of: Callable[[nnx.Module], Any]  # with a method to_json, the published config.json
-    model: Callable[[Any, Any, nnx.Rngs], nnx.Module]  # of the sizes and the dtype to compute in
+    model: Callable[..., nnx.Module]  # (sizes, dtype to compute in, rngs)
     layouts: Mapping[str, Layout]  # the first one is exported unless another is asked for
+    # With a method to_json, the published config.json.
+    sizes_of: Callable[[Any], Any] = operator.attrgetter('config')
 
     def published_sizes(self, layout: Layout, folder: pathlib.Path, tensors: Shapes) -> Any:
         """Of a checkpoint in this layout."""
@@ -50,7 +51,12 @@ class Family:
         return parameters(self.abstract(sizes))
 
     def abstract(self, sizes: Any, dtype: Any = jnp.float32) -> nnx.Module:
-        return jax.eval_shape(lambda: self.model(sizes, dtype, nnx.Rngs(0)))
+        return jax.eval_shape(lambda: self.model(sizes, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def from_config(read: Callable[[pathlib.Path], Any]) -> Callable[[pathlib.Path, Shapes], Any]:
+    """Sizes that the folder's config.json says, whatever the shapes."""
+    return lambda folder, shapes: read(folder)
 
 
 def parameters(module: nnx.Module) -> dict[str, Any]:

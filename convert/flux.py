@@ -4,14 +4,13 @@ The lone file of Black Forest Labs (`bfl`) fuses q, k and v, in single blocks wi
 too, and has shift before scale in the last modulation.
 """
 
+import functools
 import json
 import pathlib
 import re
 from typing import Any
 
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import TRANSPOSED, Chain, Inverse, Join, Rule, Shapes, SwapHalves, linear
 from metacanvas_jax.backbones.flux import MLP_RATIO, SCHNELL, Flux, FluxConfig, read_config
 from metacanvas_jax.types import InputError
@@ -169,20 +168,10 @@ def _count(blocks: str, shapes: Shapes) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def _model(config: FluxConfig, dtype: Any, rngs: nnx.Rngs) -> Flux:
-    return Flux(config, remat='full', dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> FluxConfig:
-    assert isinstance(module, Flux), type(module)
-    return module.config
-
-
 # Of FLUX.2 and Chroma, which share most names, neither has modulations in its blocks.
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=functools.partial(Flux, remat='full'),
     layouts={
         'diffusers': Layout(
             (f'{SINGLE}.0.norm.linear.weight',), _diffusers, 'diffusion_pytorch_model'

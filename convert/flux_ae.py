@@ -8,11 +8,8 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import TRANSPOSED, Op, Rearrange, Rule, Shapes
 from metacanvas_jax.types import InputError
 from metacanvas_jax.vae.flux_ae import FluxAe
@@ -138,19 +135,9 @@ def _bfl_sizes(_: pathlib.Path, shapes: Shapes) -> FluxAeConfig:
         raise InputError(f"this is no whole autoencoder of FLUX's: {error!r}") from error
 
 
-def _model(config: FluxAeConfig, dtype: Any, rngs: nnx.Rngs) -> FluxAe:
-    return FluxAe(config, dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> FluxAeConfig:
-    assert isinstance(module, FluxAe), type(module)
-    return module.config
-
-
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=FluxAe,
     layouts={
         # Stable Diffusion's have these names too, and more; their config.json is refused.
         'diffusers': Layout(

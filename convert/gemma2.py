@@ -3,13 +3,9 @@
 Neither has an `lm_head`: it is tied, and an encoder of text wants none.
 """
 
-from typing import Any
-
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Rule, linear
-from metacanvas_jax.text_encoders.gemma2 import Gemma2, Gemma2Config, read_config
+from metacanvas_jax.text_encoders.gemma2 import Gemma2, read_config
 
 
 def _rules(prefix: str) -> list[Rule]:
@@ -27,15 +23,6 @@ def _rules(prefix: str) -> list[Rule]:
     return rules
 
 
-def _model(config: Gemma2Config, dtype: Any, rngs: nnx.Rngs) -> Gemma2:
-    return Gemma2(config, dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> Gemma2Config:
-    assert isinstance(module, Gemma2), type(module)
-    return module.config
-
-
 def _layout(prefix: str) -> Layout:
     # Gemma 1 lacks this norm. Gemma 3 has it; its config is refused.
     signs = (f'{prefix}layers.0.pre_feedforward_layernorm.weight',)
@@ -43,8 +30,7 @@ def _layout(prefix: str) -> Layout:
 
 
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=Gemma2,
     layouts={'sana': _layout(''), 'google': _layout('model.')},
 )

@@ -4,11 +4,9 @@ transformers 5 calls the same tensors `model.visual.*` and `model.language_model
 writes the published names, but files with its own names exist.
 """
 
-from typing import Any
+import functools
 
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Rearrange, Rule, linear
 from metacanvas_jax.mllm.config import QwenConfig, VisionConfig, read_config
 from metacanvas_jax.mllm.qwen import Qwen
@@ -55,15 +53,6 @@ def _vision(config: VisionConfig, prefix: str) -> list[Rule]:
     return rules
 
 
-def _model(config: QwenConfig, dtype: Any, rngs: nnx.Rngs) -> Qwen:
-    return Qwen(config, None, remat='full', dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> QwenConfig:
-    assert isinstance(module, Qwen), type(module)
-    return module.config
-
-
 def _layout(text: str, vision: str) -> Layout:
     # Qwen2-VL has all but the gate.
     signs = (f'{text}layers.0.self_attn.q_proj.bias', f'{vision}blocks.0.mlp.gate_proj.weight')
@@ -71,9 +60,8 @@ def _layout(text: str, vision: str) -> Layout:
 
 
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=functools.partial(Qwen, lora=None, remat='full'),
     layouts={
         'transformers': _layout('model.', 'visual.'),
         'transformers_5': _layout('model.language_model.', 'model.visual.'),

@@ -1,10 +1,8 @@
 """SANA's transformer: 1.0 and 1.5, as diffusers publishes them."""
 
-from typing import Any
+import functools
 
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Rearrange, Rule, linear
 from metacanvas_jax.backbones.sana import Sana, SanaConfig, read_config
 
@@ -50,21 +48,11 @@ def _block() -> list[Rule]:
     return rules
 
 
-def _model(config: SanaConfig, dtype: Any, rngs: nnx.Rngs) -> Sana:
-    return Sana(config, remat='full', dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> SanaConfig:
-    assert isinstance(module, Sana), type(module)
-    return module.config
-
-
 # SANA-Video has no patch_embed. SANA-Sprint and ControlNets are told by their config.json.
 _SIGNS = ('transformer_blocks.0.ff.conv_inverted.weight', 'patch_embed.proj.weight')
 
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=functools.partial(Sana, remat='full'),
     layouts={'diffusers': Layout(_SIGNS, _rules, 'diffusion_pytorch_model')},
 )

@@ -4,11 +4,10 @@ Its biases of distances are those of the first block, which all blocks use. Whol
 hold a decoder too, for which we have no use.
 """
 
-from typing import Any
+import functools
+import pathlib
 
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Rule, linear
 from metacanvas_jax.text_encoders.t5 import T5, T5Config, read_config
 from metacanvas_jax.types import InputError
@@ -33,26 +32,16 @@ def rules(bias: str) -> list[Rule]:
     return found
 
 
-def config_of(kind: str, folder: Any) -> T5Config:
+def config_of(kind: str, folder: pathlib.Path) -> T5Config:
     config = read_config(folder)
     if config.model_type != kind:
         raise InputError(f'{folder}/config.json is that of a {config.model_type}, not of a {kind}')
     return config
 
 
-def model(config: T5Config, dtype: Any, rngs: nnx.Rngs) -> T5:
-    return T5(config, dtype=dtype, rngs=rngs)
-
-
-def sizes_of(module: nnx.Module) -> T5Config:
-    assert isinstance(module, T5), type(module)
-    return module.config
-
-
 FAMILY = Family(
-    sizes=lambda folder, shapes: config_of('t5', folder),
-    sizes_of=sizes_of,
-    model=model,
+    sizes=from_config(functools.partial(config_of, 't5')),
+    model=T5,
     layouts={
         'transformers': Layout(
             ('encoder.block.0.layer.0.SelfAttention.q.weight',), lambda config: rules('0'), 'model'

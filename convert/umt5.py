@@ -3,13 +3,14 @@
 Wan's file comes without config.json: that in its folder is the video model's.
 """
 
+import functools
 import pathlib
 import re
 
 from convert import t5
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Rule, Shapes, linear
-from metacanvas_jax.text_encoders.t5 import T5Config
+from metacanvas_jax.text_encoders.t5 import T5, T5Config
 from metacanvas_jax.types import InputError
 
 
@@ -54,9 +55,8 @@ def _native_sizes(_: pathlib.Path, shapes: Shapes) -> T5Config:
 
 
 FAMILY = Family(
-    sizes=lambda folder, shapes: t5.config_of('umt5', folder),
-    sizes_of=t5.sizes_of,
-    model=t5.model,
+    sizes=from_config(functools.partial(t5.config_of, 'umt5')),
+    model=T5,
     layouts={
         'transformers': Layout(
             ('encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight',),

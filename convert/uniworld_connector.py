@@ -56,7 +56,7 @@ def _own_sizes(folder: pathlib.Path, shapes: Shapes) -> Sizes:
         raise InputError(f'these are no weights of a context connector: {error!r}') from error
 
 
-def _model(sizes: Sizes, dtype: Any, rngs: nnx.Rngs) -> ContextConnector:
+def _model(sizes: Sizes, *, dtype: Any, rngs: nnx.Rngs) -> ContextConnector:
     del dtype  # that of its input
     config = ContextConfig(hidden=sizes.hidden, activation='silu', dropout=0.0, skip=0)
     d_in, d_out = sizes.input_hidden_size, sizes.output_hidden_size

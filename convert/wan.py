@@ -7,11 +7,8 @@ input layer, [noisy | condition | mask], is two kernels of ours.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Chain, Inverse, Join, Rearrange, Rule, linear
 from metacanvas_jax.backbones.wan import Wan
 from metacanvas_jax.backbones.wan_config import WanConfig, read_config
@@ -104,19 +101,9 @@ def _block(names: Mapping[str, str]) -> list[Rule]:
     return rules
 
 
-def _model(config: WanConfig, dtype: Any, rngs: nnx.Rngs) -> Wan:
-    return Wan(config, remat='full', dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> WanConfig:
-    assert isinstance(module, Wan), type(module)
-    return module.config
-
-
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=functools.partial(Wan, remat='full'),
     layouts={
         'diffusers': Layout(
             ('blocks.0.attn2.norm_k.weight', 'scale_shift_table'),

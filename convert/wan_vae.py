@@ -7,11 +7,8 @@ residual block one of (norm, SiLU, convolution, norm, SiLU, dropout, convolution
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from flax import nnx
-
-from convert.family import Family, Layout
+from convert.family import Family, Layout, from_config
 from convert.rules import Op, Rearrange, Rule, Shapes
 from metacanvas_jax.vae.wan_vae import WanVae
 from metacanvas_jax.vae.wan_vae_config import PUBLISHED, WanVaeConfig, read_config
@@ -113,19 +110,9 @@ def _native_sizes(_: pathlib.Path, shapes: Shapes) -> WanVaeConfig:
 _WIDTHS = {'base_dim': 'encoder.conv1.weight', 'decoder_base_dim': 'decoder.head.0.gamma'}
 
 
-def _model(config: WanVaeConfig, dtype: Any, rngs: nnx.Rngs) -> WanVae:
-    return WanVae(config, dtype=dtype, rngs=rngs)
-
-
-def _sizes_of(module: nnx.Module) -> WanVaeConfig:
-    assert isinstance(module, WanVae), type(module)
-    return module.config
-
-
 FAMILY = Family(
-    sizes=lambda folder, shapes: read_config(folder),
-    sizes_of=_sizes_of,
-    model=_model,
+    sizes=from_config(read_config),
+    model=WanVae,
     layouts={
         'diffusers': Layout(
             ('encoder.down_blocks.0.resnets.0.norm1.gamma',), _diffusers, 'diffusion_pytorch_model'
