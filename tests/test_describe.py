@@ -13,8 +13,7 @@ import metacanvas_jax as mc
 from configs import base, quickstart_mllm
 from metacanvas_jax.build import ASSETS
 from metacanvas_jax.data.shapes import RELATIONS, SPLITS, render, requests
-from metacanvas_jax.data.shapes_text import GENERATE, ShapeTexts
-from metacanvas_jax.data.shapes_text import answer as answered
+from metacanvas_jax.data.shapes_text import GENERATE, ShapeTexts, answers
 from metacanvas_jax.describe import Describer
 from metacanvas_jax.types import InputError
 from tests.test_bad_input import assert_one_line, process
@@ -36,11 +35,11 @@ def describer() -> Describer:
 def test_plans_fulfil_their_prompts(describer, split):
     """Held-out pairs too: it has read of them."""
     asked = requests(split, 25, 1)
-    answers = describer(
+    plans = describer(
         [GENERATE.format(request.caption) for request in asked], max_new_tokens=40, temperature=1.0
     )
-    pairs = zip(answers, asked, strict=True)
-    assert np.mean([fulfils(answer.text, request) for answer, request in pairs]) >= 0.9
+    pairs = zip(plans, asked, strict=True)
+    assert np.mean([fulfils(plan.text, request) for plan, request in pairs]) >= 0.9
 
 
 def fulfils(plan: str, request) -> bool:
@@ -61,11 +60,10 @@ def test_questions_about_pictures(describer):
     """200 and more, of pictures with pairs of colour and shape that it has never seen."""
     texts = [ShapeTexts(1, ('picture_question',), 'held_out')[i] for i in range(120)]
     media = [describer.encoder.see([render(text.scene, 32)]) for text in texts]
-    said = describer([text.user for text in texts], media, max_new_tokens=40)
+    said = describer([text.user for text in texts], media, max_new_tokens=64)
     right = []
     for found, text in zip(said, texts, strict=True):
-        wanted = answered(text.assistant).split(', ')
-        given = answered(found.text).split(', ')
+        wanted, given = answers(text.assistant), answers(found.text)
         given += [''] * (len(wanted) - len(given))
         right += [a == b for a, b in zip(given, wanted, strict=False)]
     assert len(right) >= 200

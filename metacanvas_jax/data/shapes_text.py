@@ -6,6 +6,7 @@
 import bisect
 import itertools
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,12 +136,13 @@ def _picture_layout(rng, split: str) -> Text:
 
 
 def _picture_question(rng, split: str) -> Text:
-    """One question or more, answered after a look at the whole picture."""
+    """One question or more; each is said again before its answer, after a look at the picture."""
     scene, wanted, asked = _draw_scene(rng, split), 1 + int(rng.random() * QUESTIONS), {}
     while len(asked) < wanted:
         if found := pick(rng, _QUESTIONS)(rng, scene):
             asked.update([found])
-    return Text(' '.join(asked), f'{layout(scene)}: {", ".join(asked.values())}', scene)
+    said = [f'{question} {found}' for question, found in asked.items()]
+    return Text(' '.join(asked), '. '.join([layout(scene), *said]), scene)
 
 
 def _picture_edit(rng, split: str) -> Text:
@@ -181,9 +183,9 @@ def layout(scene: Scene) -> str:
     return ', '.join([*parts, f'on {scene.background}'])
 
 
-def answer(text: str) -> str:
-    """What an assistant says to a question after its look at the picture."""
-    return text.rpartition(': ')[2]
+def answers(text: str) -> list[str]:
+    """What an assistant says to each question."""
+    return re.findall(r'\? ([^?.]+)', text)
 
 
 def build_tokenizer(directory: str | Path) -> Tokenizer:
@@ -233,7 +235,8 @@ def _corpus():
         text = texts[i]
         yield f'system\n{SYSTEM}\n'
         yield f'user\n{text.user}\n'
-        yield f'assistant\n{text.assistant}\n'
+        look, *said = re.split(r'\. [^?]+\? ', text.assistant)  # questions were the user's
+        yield f'assistant\n{look}{": " if said else ""}{", ".join(said)}\n'
 
 
 def _draw_scene(rng, split: str) -> Scene:

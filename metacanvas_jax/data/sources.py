@@ -112,5 +112,6 @@ SOURCES = {
         'layout': _dialogues(data, 'caption'),
         'dialogue': _dialogues(data, *(kind for kind in READ if kind != 'caption')),
         'picture': _dialogues(data, *SEE),
+        'picture_question': _dialogues(data, 'picture_question'),
     },
 }
