@@ -35,7 +35,7 @@ def eyes(config: ConfigDict) -> None:
 def answers(config: ConfigDict) -> None:
     """From what `eyes` wrote; questions need more than their share of the pictures' texts."""
     config.steps = 3000
-    config.data.tasks = dict(layout=0.15, dialogue=0.2, picture=0.25, picture_question=0.4)
+    config.data.tasks = dict(layout=0.1, dialogue=0.2, picture=0.2, picture_question=0.5)
     config.optimizer.cooldown_steps = 1500
 
 

@@ -136,13 +136,17 @@ def _picture_layout(rng, split: str) -> Text:
 
 
 def _picture_question(rng, split: str) -> Text:
-    """One question or more; each is said again before its answer, after a look at the picture."""
+    """One question or more; each is said again before its answer, after a look at the picture.
+
+    The look says what is where, then where what is: a small model finds what stands behind a word.
+    """
     scene, wanted, asked = _draw_scene(rng, split), 1 + int(rng.random() * QUESTIONS), {}
     while len(asked) < wanted:
         if found := pick(rng, _QUESTIONS)(rng, scene):
             asked.update([found])
     said = [f'{question} {found}' for question, found in asked.items()]
-    return Text(' '.join(asked), '. '.join([layout(scene), *said]), scene)
+    told = _objects(sorted(scene.objects, key=lambda o: tuple(PLACES).index(place(o))))
+    return Text(' '.join(asked), '. '.join([layout(scene), told, *said]), scene)
 
 
 def _picture_edit(rng, split: str) -> Text:
@@ -154,8 +158,7 @@ def _in_words(rng, text: Text) -> Text:
     """The same without its picture, of which the user tells in any order."""
     assert text.scene is not None
     objects = [text.scene.objects[i] for i in rng.random(len(text.scene.objects)).argsort()]
-    parts = [f'{o.name} {place(o)}' for o in objects]
-    told = ', '.join([*parts, f'on {text.scene.background}'])
+    told = f'{_objects(objects)}, on {text.scene.background}'
     return Text(f'Picture: {told}. {text.user}', text.assistant)
 
 
@@ -181,6 +184,10 @@ def layout(scene: Scene) -> str:
     """What is where, place after place, in one sentence."""
     parts = [f'{name} {_at(scene, name, lambda o: o.name)}' for name in PLACES]
     return ', '.join([*parts, f'on {scene.background}'])
+
+
+def _objects(objects) -> str:
+    return ', '.join(f'{o.name} {place(o)}' for o in objects)
 
 
 def answers(text: str) -> list[str]:
