@@ -66,6 +66,48 @@ def flux_no_canvas(config: ConfigDict) -> None:
     no_canvas(config)
 
 
+def wan(config: ConfigDict) -> None:
+    """Six tasks of pictures and clips with a Wan-shaped DiT: noisy latents, condition and mask."""
+    config.steps = 1600
+    config.video_batch_size = 16
+    config.backbone = dict(
+        kind='wan',
+        remat='full',
+        in_channels=48 + 48 + 4,
+        out_channels=48,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=4,
+        ffn_dim=384,
+        freq_dim=128,
+        text_dim=128,
+        patch_size=2,
+        eps=1e-6,
+        text_embedder='none',
+    )
+    config.vae = dict(kind='pixel_video', stride=2)
+    config.prompt.update(plan_tokens=0, buckets=(56, 80, 96, 128), pictures=(1, 2, 4))
+    config.context.skip = 14
+    config.canvas.update(keyframes=3, frame_seconds=4 / 8)
+    config.data.update(frames=9, fps=8.0, references=2)
+    config.data.tasks = dict(t2i=0.15, edit=0.15, t2v=0.2, i2v=0.1, v2v=0.2, r2v=0.2)
+    config.optimizer.cooldown_steps = 800
+    config.sample.every = 800
+    config.evaluate.update(kind='six_tasks', per_category=16, batch_size=16)
+
+
+def wan_no_canvas(config: ConfigDict) -> None:
+    """The baseline of the six tasks."""
+    wan(config)
+    no_canvas(config)
+
+
+def wan_one_keyframe(config: ConfigDict) -> None:
+    """Table 6's canvas of a picture, spread over all frames."""
+    wan(config)
+    config.canvas.keyframes = 1
+
+
 def no_plan(config: ConfigDict) -> None:
     """The paper's prompt: an empty response stands before the canvas."""
     config.prompt.update(plan_tokens=0, buckets=(40, 64, 128))
@@ -78,6 +120,9 @@ VARIANTS = {
     'no_plan': no_plan,
     'flux': flux,
     'flux_no_canvas': flux_no_canvas,
+    'wan': wan,
+    'wan_no_canvas': wan_no_canvas,
+    'wan_one_keyframe': wan_one_keyframe,
 }
 
 
