@@ -265,7 +265,7 @@ def mapping(pipe: Pipeline, task: str | None) -> Draw:
 
 
 def to_draw(config: ConfigDict) -> dict[str | None, list[Record]]:
-    """{task: records}: prompts of the config, or what the shapes world asks, half of it held out."""
+    """{task: records}; without prompts of its own, what the shapes world asks, half held out."""
     if config.sample.prompts:
         return {None: [Record(text) for text in config.sample.prompts]}
     each = -(-config.sample.count // 12)

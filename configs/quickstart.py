@@ -11,7 +11,9 @@ minutes of training and scoring; 0.96 and 0.71 with seed 0, 0.26 and 0.13 withou
 
 Variants: `sana` (default), `no_canvas` (the same without canvas tokens), `metaquery` (queries
 beside the text instead of canvas tokens), `no_plan` (the paper's empty response), `flux` (editing:
-the MLLM sees the picture, which a FLUX-shaped DiT has beside its target) and `flux_no_canvas`.
+the MLLM sees the picture, which a FLUX-shaped DiT has beside its target) and `flux_no_canvas`;
+`wan` (six tasks of pictures and clips, one Wan-shaped DiT, three keyframes of canvas),
+`wan_no_canvas` and `wan_one_keyframe`.
 """
 
 from ml_collections import ConfigDict

@@ -49,20 +49,19 @@ def _shown(record: Record) -> list[tuple[str, np.ndarray]]:
 
 
 def _pictures(records: Sequence[Record], drawn: np.ndarray) -> Image.Image:
-    """As many cells for each record; without anything shown, nothing more is told to be wanted."""
+    """As many cells for each record, so that what was drawn stands in columns."""
     groups = []
     for record, picture in zip(records, drawn, strict=True):
         source = [] if record.source is None else [('source', record.source[0])]
-        shown = [*source, *_shown(record)]
-        wanted = [('wanted', record.pixels[0])] if shown and record.pixels is not None else []
-        groups.append((shown, [(record.text, picture), *wanted]))
-    most = max(len(shown) for shown, _ in groups)
-    nothing = ('', np.full_like(drawn[0], 255))
-    cells = [
-        cell for shown, made in groups for cell in (*shown, *[nothing] * (most - len(shown)), *made)
-    ]
+        wanted = [] if record.pixels is None else [('wanted', record.pixels[0])]
+        groups.append(([*source, *_shown(record)], [(record.text, picture), *wanted]))
+    left, right = (max(map(len, side)) for side in zip(*groups, strict=True))
+    nothing = [('', np.full_like(drawn[0], 255))]
+    cells = []
+    for shown, made in groups:
+        cells += [*shown, *nothing * (left - len(shown)), *made, *nothing * (right - len(made))]
     texts, pictures = zip(*cells, strict=True)
-    each = len(cells) // len(records)
+    each = left + right
     return contact_sheet(pictures, texts, columns=max(1, 6 // each) * each)
 
 
