@@ -28,6 +28,7 @@ from metacanvas_jax.evaluate.benchmarks import BENCHMARKS, open_benchmark
 from metacanvas_jax.evaluate.layouts import VIDEO, Layout, Picture
 from metacanvas_jax.evaluate.prompts_file import read_prompts
 from metacanvas_jax.pipeline import Pipeline, load
+from metacanvas_jax.train.workdir import write
 from metacanvas_jax.types import InputError
 
 FLAGS = flags.FLAGS
@@ -141,6 +142,10 @@ def open_pipeline() -> Pipeline:
     return system
 
 
+def frames_to_draw(pipe: Pipeline) -> int:
+    return pipe.frames(FLAGS.frames, FLAGS.task)
+
+
 def settings() -> dict[str, Any]:
     return {
         'negative_prompt': FLAGS.negative_prompt,
@@ -197,7 +202,7 @@ def sample_prompt(noise: np.ndarray | None) -> None:
     output = pathlib.Path(FLAGS.output)
     record = pipe.record(FLAGS.prompt, shown[0], shown[1], read_source(pipe, FLAGS.video))
     if noise is not None:
-        noise = pipe.given_noise(noise, record, (FLAGS.height, FLAGS.width), FLAGS.frames)
+        noise = pipe.given_noise(noise, record, (FLAGS.height, FLAGS.width), frames_to_draw(pipe))
     n = (FLAGS.num_images or 1) if noise is None else len(noise)
     latents = [
         pipe.sample(
@@ -224,7 +229,8 @@ def sample_prompt(noise: np.ndarray | None) -> None:
         final = final[:, 0] if final.shape[1] == 1 else final
         write(pathlib.Path(FLAGS.latents), lambda file: np.save(file, squeeze(final)))
     if FLAGS.canvas_map:
-        feature = pipe.canvas_features([record], indices=[0], seed=FLAGS.seed)[0, 0]
+        how = {'task': FLAGS.task, 'frames': FLAGS.frames}
+        feature = pipe.canvas_features([record], indices=[0], seed=FLAGS.seed, **how)[0, 0]
         side = pictures.shape[2]
         colours = Image.fromarray((pca_map(feature) * 255).round().astype(np.uint8))
         colours = colours.resize((pictures.shape[3], side), Image.Resampling.NEAREST)
@@ -257,7 +263,7 @@ def sample_prompts(file: pathlib.Path) -> None:
     """One result a line, named by its id; existing ones are kept, so a killed run resumes."""
     pictures = read_prompts(file, FLAGS.seed)
     pipe = open_pipeline()
-    suffix = VIDEO if pipe.frames(FLAGS.frames) > 1 else '.png'
+    suffix = VIDEO if frames_to_draw(pipe) > 1 else '.png'
     pictures = [dataclasses.replace(p, path=f'{p.path}{suffix}') for p in pictures]
     todo = [p for p in pictures if not pathlib.Path(FLAGS.output, p.path).exists()]
     print(f'{len(pictures)} prompts, {len(pictures) - len(todo)} already there')
@@ -292,7 +298,7 @@ def read_source(pipe: Pipeline, video: str | pathlib.Path | None):
     if video is None:
         return None
     fps = FLAGS.fps or pipe.config.data.get('fps', 1.0)
-    return read_clip(video, pipe.frames(FLAGS.frames), fps), fps
+    return read_clip(video, frames_to_draw(pipe), fps), fps
 
 
 def save(pipe: Pipeline, picture: Picture, frames: np.ndarray) -> None:
@@ -352,15 +358,6 @@ def write_video(frames: np.ndarray, path: pathlib.Path, facts: dict[str, Any], f
     """An mp4 with the same, as its comment."""
     told = json.dumps({**facts, **settings(), 'checkpoint': FLAGS.checkpoint})
     write(path, lambda file: encode_video(file, frames, fps=fps, comment=told))
-
-
-def write(path: pathlib.Path, save) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.tmp')
-    with temporary.open('wb') as file:
-        save(file)
-    temporary.replace(path)
 
 
 if __name__ == '__main__':

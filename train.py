@@ -7,7 +7,8 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,13 @@ from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
 from metacanvas_jax.data.feature_cache import FeatureCache
 from metacanvas_jax.data.loader import Loader, process_rows
+from metacanvas_jax.data.media import encode_video
 from metacanvas_jax.data.records import Record
 from metacanvas_jax.data.shapes import SPLITS
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import BATCHES, TASKS
-from metacanvas_jax.evaluate.shapes_score import EXAMS, examine, unanswered
-from metacanvas_jax.evaluate.sheet import contact_sheet, sheet
+from metacanvas_jax.evaluate.shapes_score import EXAMS, Draw, examine, in_batches, unanswered
+from metacanvas_jax.evaluate.sheet import moving_sheet, sheet
 from metacanvas_jax.loading import check_model, inherit, starting_model
 from metacanvas_jax.pipeline import Pipeline
 from metacanvas_jax.readers import READERS
@@ -41,7 +43,7 @@ from metacanvas_jax.train.preemption import Preemption
 from metacanvas_jax.train.state import TrainState, abstract, start
 from metacanvas_jax.train.step import make_train_step
 from metacanvas_jax.train.trainable import trainable_table
-from metacanvas_jax.train.workdir import open_workdir, write_text
+from metacanvas_jax.train.workdir import open_workdir, write, write_text
 from metacanvas_jax.types import InputError
 
 FLAGS = flags.FLAGS
@@ -167,7 +169,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         return Pipeline(config, graphdef, merge(state, frozen), mesh)
 
     pipe = None  # its programs are compiled when it first draws
-    batches = make_loader(config, caches).iterate(first, config.steps)
+    loader = make_loader(config, caches)
+    several = len(config.data.tasks) > 1
     key = jax.random.key(config.seed)
     with (
         checkpoints,
@@ -181,8 +184,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         ) as log,
         jax.set_mesh(mesh),
     ):
+        batches = loader.iterate(first, config.steps)
         for step, batch in enumerate(batches, start=first + 1):
             state, metrics = step_fn(state, frozen, put_batch(batch, mesh), key)
+            if several:
+                metrics |= {f'loss_{loader.task(step - 1)}': metrics['loss']}
             log.write(step, metrics)
             if step % config.log.every == 0 and int(metrics['skipped']) >= STOP_AFTER:
                 raise FloatingPointError(
@@ -219,51 +225,78 @@ def merge(state: TrainState, frozen: nnx.State) -> nnx.State:
 def draw_samples(pipe: Pipeline, workdir: pathlib.Path, step: int) -> None:
     """samples/step_N: of each task a sheet of what is shown, drawn and wanted, and canvas maps.
 
-    Without prompts of its own, what the shapes world asks, half of it held out.
+    A sheet of clips has some frames of each; in an mp4 beside it they move.
     """
     config, folder = pipe.config, workdir / 'samples' / f'step_{step}'
-    exams = EXAMS.get(config.evaluate.kind, EXAMS['shapes'])
-    for task, exam in exams.items():
-        told = [Record(text) for text in config.sample.prompts] or [
+    asked = to_draw(config)
+    for task, told in asked.items():
+        name = '' if len(asked) == 1 else f'{task}_'
+        records = [unanswered(record) for record in told]
+        batch = config.evaluate.get('batch_size', len(records))  # then scores cost no new programs
+        drawn = in_batches(drawing(pipe, task), records, batch)
+        found = {'grid.png': png(sheet(told, drawn))}
+        if drawn.shape[1] > 1:
+            found['grid.mp4'] = mp4(moving_sheet(told, drawn), config.data.fps)
+        if pipe.has_canvas:
+            maps = in_batches(mapping(pipe, task), records, batch)
+            bare = [Record(record.text) for record in told]
+            found['canvas.png'] = png(sheet(bare, maps))
+        if jax.process_index() == 0:
+            for file, save in found.items():
+                write(folder / f'{name}{file}', save)
+
+
+def drawing(pipe: Pipeline, task: str | None) -> Draw:
+    return lambda records, indices: pipe.decode(
+        pipe.sample(records, indices=indices, seed=pipe.config.seed, task=task)
+    )
+
+
+def mapping(pipe: Pipeline, task: str | None) -> Draw:
+    """Maps of the canvas in each latent frame."""
+
+    def draw(records: list[Record], indices: range) -> np.ndarray:
+        settings = dict(indices=indices, seed=pipe.config.seed, task=task)
+        features_BThwD = pipe.canvas_features(records, **settings)
+        maps = np.stack([[pca_map(frame) for frame in clip] for clip in features_BThwD])
+        return (maps * 255).round().astype(np.uint8)
+
+    return draw
+
+
+def to_draw(config: ConfigDict) -> dict[str | None, list[Record]]:
+    """{task: records}; without prompts of its own, what the shapes world asks, half held out."""
+    if config.sample.prompts:
+        return {None: [Record(text) for text in config.sample.prompts]}
+    each = -(-config.sample.count // 12)
+    return {
+        task: [
             exam.record(one, config.data)
             for split in SPLITS
-            for one in exam.requests(split, -(-config.sample.count // 12), config.seed)
-        ]
-        told = told[: config.sample.count]
-        records = [unanswered(record) for record in told]
-        indices = range(len(told))
-        drawn = pipe.decode(pipe.sample(records, indices=indices, seed=config.seed))
-        name = '' if len(exams) == 1 else f'{task}_'
-        save(sheet(told, drawn), folder / f'{name}grid.png')
-        if pipe.has_canvas:
-            features = pipe.canvas_features(records, indices=indices, seed=config.seed)[:, 0]
-            maps = np.stack([pca_map(feature) for feature in features])
-            maps, texts = (maps * 255).round().astype(np.uint8), [record.text for record in told]
-            save(contact_sheet(maps, texts), folder / f'{name}canvas.png')
+            for one in exam.requests(split, each, config.seed)
+        ][: config.sample.count]
+        for task, exam in EXAMS.get(config.evaluate.kind, EXAMS['shapes']).items()
+    }
 
 
-def save(image: Image.Image, path: pathlib.Path) -> None:
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'.{path.name}')
-        image.save(temporary, 'PNG')
-        temporary.replace(path)
+def png(image: Image.Image) -> Callable[[BinaryIO], None]:
+    return lambda file: image.save(file, 'PNG')
+
+
+def mp4(frames_FHWC: np.ndarray, fps: float) -> Callable[[BinaryIO], None]:
+    return lambda file: encode_video(file, frames_FHWC, fps=fps, comment='')
 
 
 def score(pipe: Pipeline) -> dict:
     """Of each task where there are several."""
     config = pipe.config
-
-    def draw(records: list[Record], indices: range) -> np.ndarray:
-        return pipe.decode(pipe.sample(records, indices=indices, seed=config.seed))
-
     settings = dict(
         per_category=config.evaluate.per_category,
         batch=config.evaluate.batch_size,
         seed=config.seed,
     )
     scores = {
-        task: examine(exam, draw, config.data, **settings)
+        task: examine(exam, drawing(pipe, task), config.data, **settings)
         for task, exam in EXAMS[config.evaluate.kind].items()
     }
     return scores if len(scores) > 1 else scores.popitem()[1]

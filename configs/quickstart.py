@@ -11,7 +11,9 @@ minutes of training and scoring; 0.96 and 0.71 with seed 0, 0.26 and 0.13 withou
 
 Variants: `sana` (default), `no_canvas` (the same without canvas tokens), `metaquery` (queries
 beside the text instead of canvas tokens), `no_plan` (the paper's empty response), `flux` (editing:
-the MLLM sees the picture, which a FLUX-shaped DiT has beside its target) and `flux_no_canvas`.
+the MLLM sees the picture, which a FLUX-shaped DiT has beside its target) and `flux_no_canvas`;
+`wan` (six tasks of pictures and clips, one Wan-shaped DiT, three keyframes of canvas),
+`wan_no_canvas` and `wan_one_keyframe`.
 """
 
 from ml_collections import ConfigDict
@@ -66,6 +68,48 @@ def flux_no_canvas(config: ConfigDict) -> None:
     no_canvas(config)
 
 
+def wan(config: ConfigDict) -> None:
+    """Six tasks of pictures and clips with a Wan-shaped DiT: noisy latents, condition and mask."""
+    config.steps = 1600
+    config.video_batch_size = 16
+    config.backbone = dict(
+        kind='wan',
+        remat='full',
+        in_channels=48 + 48 + 4,
+        out_channels=48,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=4,
+        ffn_dim=384,
+        freq_dim=128,
+        text_dim=128,
+        patch_size=2,
+        eps=1e-6,
+        text_embedder='none',
+    )
+    config.vae = dict(kind='pixel_video', stride=2)
+    config.prompt.update(plan_tokens=0, buckets=(56, 80, 96, 128), pictures=(1, 2, 4))
+    config.context.skip = 14
+    config.canvas.update(keyframes=3, frame_seconds=4 / 8)
+    config.data.update(frames=9, fps=8.0, references=2)
+    config.data.tasks = dict(t2i=0.15, edit=0.15, t2v=0.2, i2v=0.1, v2v=0.2, r2v=0.2)
+    config.optimizer.cooldown_steps = 800
+    config.sample.every = 800
+    config.evaluate.update(kind='six_tasks', per_category=16, batch_size=16)
+
+
+def wan_no_canvas(config: ConfigDict) -> None:
+    """The baseline of the six tasks."""
+    wan(config)
+    no_canvas(config)
+
+
+def wan_one_keyframe(config: ConfigDict) -> None:
+    """Table 6's canvas of a picture, spread over all frames."""
+    wan(config)
+    config.canvas.keyframes = 1
+
+
 def no_plan(config: ConfigDict) -> None:
     """The paper's prompt: an empty response stands before the canvas."""
     config.prompt.update(plan_tokens=0, buckets=(40, 64, 128))
@@ -78,6 +122,9 @@ VARIANTS = {
     'no_plan': no_plan,
     'flux': flux,
     'flux_no_canvas': flux_no_canvas,
+    'wan': wan,
+    'wan_no_canvas': wan_no_canvas,
+    'wan_one_keyframe': wan_one_keyframe,
 }
 
 

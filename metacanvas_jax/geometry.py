@@ -11,7 +11,7 @@ from metacanvas_jax.build import check_size, part_sizes, picture_size, size_mult
 from metacanvas_jax.data.kontext_sizes import context_pixels, context_size
 from metacanvas_jax.data.media import cover, opaque
 from metacanvas_jax.data.records import Record
-from metacanvas_jax.data.tasks import Readers, find_task
+from metacanvas_jax.data.tasks import TASKS, Readers, check_tasks, find_task
 from metacanvas_jax.data.visuals import Bucket, to_float
 from metacanvas_jax.flow.solver import Solver
 from metacanvas_jax.metacanvas import MetaCanvas
@@ -49,16 +49,26 @@ class Geometry:
         vae, takes_context = model.vae, model.backbone.takes_context
         return cls(config, vae.stride, vae.time_stride, vae.channels, takes_context)
 
+    def frames(self, frames: int | None, task: str | None = None) -> int:
+        """Those that are drawn where so many, or as many as the system likes, are asked for."""
+        most = self.config.data.get('frames', 1)
+        if task is not None:
+            check_tasks([task])
+            if not TASKS[task].video:
+                most = 1
+                if frames not in (None, 1):
+                    raise InputError(f'task {task!r} makes pictures, not {frames} frames')
+        return most if frames is None else frames
+
     def latents(self, size: Size, frames: int | None, record: Record) -> Latents:
         """Where sizes are Kontext's, what is edited keeps its shape."""
-        data = self.config.data
         default = picture_size(self.config)
         if self.keeps_shape and record.source is not None:
             _, height, width, _ = record.source.shape
             default = context_size(height, width, size_multiple(self.config))
         height, width = (d if side is None else side for side, d in zip(size, default, strict=True))
         check_size(self.config, height, width)
-        frames = data.get('frames', 1) if frames is None else frames
+        frames = self.frames(frames)
         if frames < 1 or (frames > 1 and self.time_stride == 1):
             raise InputError(f'this system makes pictures, not {frames} frames')
         if beyond := (frames - 1) % self.time_stride:
@@ -109,7 +119,7 @@ class Geometry:
         frames: int | None = None,
     ) -> Job:
         """`readers` are the system's, for the size of its training."""
-        latents = self.latents(size, frames, records[0])
+        latents = self.latents(size, self.frames(frames, task), records[0])
         if latents[0] == 1 and records[0].first is not None:
             raise InputError('a picture has no first frame; ask for several frames')
         task = task or find_task(records[0], moves=latents[0] > 1)

@@ -146,9 +146,9 @@ class Pipeline:
 
     # ------------------------------------------------------------ in batches
 
-    def frames(self, frames: int | None = None) -> int:
+    def frames(self, frames: int | None = None, task: str | None = None) -> int:
         """Of what it draws where so many, or as many as it likes, are asked for."""
-        return self.config.data.get('frames', 1) if frames is None else frames
+        return self._geometry.frames(frames, task)
 
     def record(
         self,
@@ -225,7 +225,13 @@ class Pipeline:
         return np.asarray(jnp.clip(jnp.round(pixels * 127.5 + 127.5), 0, 255), np.uint8)
 
     def canvas_features(
-        self, records: Sequence[Record], *, indices: Sequence[int], seed: int
+        self,
+        records: Sequence[Record],
+        *,
+        indices: Sequence[int],
+        seed: int,
+        task: str | None = None,
+        frames: int | None = None,
     ) -> np.ndarray:
         """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I).
 
@@ -235,7 +241,8 @@ class Pipeline:
             raise InputError(
                 'this model has no canvas (config.canvas.fuse is none): nothing to map'
             )
-        asked, default = self._geometry.job(self._readers, records), self.config.sample
+        asked = self._geometry.job(self._readers, records, task, frames=frames)
+        default = self.config.sample
         latents = asked.latents
         solver = choose(SOLVERS, default.solver, 'config.sample.solver')
         times = schedule(default.steps, self._geometry.shift(solver, latents))
@@ -251,7 +258,7 @@ class Pipeline:
             z_1,
             self._put(given),
             visual,
-            times[: middle + 1],
+            jnp.maximum(times, times[middle]),  # a standstill from there: the program that draws
             latents=latents,
             solver=SOLVERS['euler'].solve,
             guidance=float(default.guidance),

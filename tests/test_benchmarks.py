@@ -401,7 +401,7 @@ class Drawer:
     def __init__(self):
         self.shown = []
 
-    def frames(self, frames=None):
+    def frames(self, frames=None, task=None):
         return frames or 1
 
     def record(self, prompt, images=(), references=(), video=None):

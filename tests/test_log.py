@@ -99,6 +99,18 @@ def test_lines_for_people(tmp_path, capsys):
     assert all(re.fullmatch(pattern, line) for line in out.splitlines())
 
 
+def test_a_line_has_the_latest_of_each_name(tmp_path, capsys):
+    """Of several tasks a step has one; a flush in between forgets nothing."""
+    with MetricLog(tmp_path, every=4, total=8, resume_step=0) as log:
+        for step in range(1, 9):
+            log.write(step, {'loss': step, f'loss_{"ab"[step in (2, 7)]}': step})
+            log.flush()
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith('step 4/8  loss 4  loss_a 4  loss_b 2  ')
+    assert last.startswith('step 8/8  loss 8  loss_a 8  loss_b 7  ')
+    assert _lines(tmp_path)[6] == {'step': 7, 'loss': 7, 'loss_b': 7}
+
+
 def test_one_line_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('sys.stdout.isatty', lambda: True)
     _log(tmp_path, 0, 8).close()

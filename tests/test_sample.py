@@ -240,3 +240,9 @@ def test_a_long_prompt_is_steered_away_from_a_short_one(pipe):
     long = ' and '.join(['a red circle'] * 8)
     pictures = pipe([long, PROMPT], seed=SEED, output='latent').images
     assert np.isfinite(pictures).all()
+    # Their maps want no other program for the way to them.
+    programs = pipe._solve._cache_size()
+    records = [pipe.record(prompt) for prompt in (long, PROMPT)]
+    features = pipe.canvas_features(records, indices=range(2), seed=SEED)
+    assert features.shape[:4] == (2, 1, *SHAPE[:2])
+    assert pipe._solve._cache_size() == programs

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from metacanvas_jax.evaluate.sheet import clips_sheet, contact_sheet
+from metacanvas_jax.data.records import Record
+from metacanvas_jax.evaluate.sheet import clips_sheet, contact_sheet, moving_sheet, sheet
 
 
 def plain(frames, height, width):
@@ -34,6 +35,28 @@ def test_clips_are_rows_of_frames_from_first_to_last():
     assert found(sheet) == [[0, 4, 8, 12, 16], [0, 1], [0, 30, 60, 90, 120]]
     last = np.asarray(sheet)[-46:]  # of 12 x 6 pixels, drawn 48 x 24
     assert ((last[..., 1] == 100) & (last[..., 2] == 200)).sum() == 5 * 48 * 24
+
+
+def test_clips_stand_beside_what_they_were_made_from():
+    """References left of the frames that were drawn; a source and what was wanted in rows below."""
+    one, two = plain(2, 8, 8) + np.uint8([50, 0, 0])
+    records = [
+        Record('a', plain(5, 8, 8) + np.uint8([20, 0, 0]), references=(one, two)),
+        Record('b', source=plain(5, 8, 8) + np.uint8([10, 0, 0]), first=one),
+        Record('c'),
+    ]
+    drawn = np.stack([plain(5, 8, 8)] * 3)
+    five = np.arange(5)
+    assert found(sheet(records, drawn)) == [
+        [50, 51, *five],
+        [*five + 20],
+        [50, *five],
+        [*five + 10],
+        [*five],
+    ]
+    moving = moving_sheet(records, drawn)
+    assert len(moving) == 5
+    assert found(moving[3]) == [[50, 51, 3, 23], [13, 50, 3], [3]]
 
 
 def test_captions_stand_over_clips_and_under_pictures():

@@ -127,6 +127,9 @@ def test_a_stage_trains_what_it_shall(stage, runs):
     *_, line = metrics(made.workdir)
     assert line['step'] == 30
     assert np.isfinite(line['loss'])
+    assert [name for name in line if name.startswith('loss_')] == (
+        ['loss_t2v'] if stage == 1 else []
+    )
     assert line['skipped'] == 0
 
 
@@ -163,6 +166,12 @@ def test_pictures_and_videos_resume_to_the_same_bits(runs, train, tmp_path):
         run(train, 1, tmp_path, init_from=before)
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == [str(stop)]
     again, whole = run(train, 1, tmp_path, init_from=before).after, runs[1].after
+    lines = metrics(tmp_path)
+    assert lines == metrics(runs[1].workdir)
+    for line, task in zip(lines, kinds, strict=True):  # each has the loss of its task
+        assert {n: line[n] for n in line if n.startswith('loss')} == dict.fromkeys(
+            ('loss', f'loss_{task}'), line['loss']
+        )
     assert again.keys() == whole.keys()
     for name, value in whole.items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)

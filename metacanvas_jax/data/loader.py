@@ -72,9 +72,12 @@ class Loader:
         self._batch, self._seed = batch, seed
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
 
+    def task(self, step: int) -> str:
+        return task_of_step(self._shares, self._seed, step)
+
     def batch(self, step: int):
         """This process' rows of a step's batch, on the host."""
-        task = task_of_step(self._shares, self._seed, step)
+        task = self.task(step)
         source, rows, size = self._sources[task], self._rows[task], self._batch[task]
         records = [source[(step * size + row) % len(source)] for row in rows]
         lots = np.random.default_rng((self._seed, step)).random(size)[rows]

@@ -34,33 +34,40 @@ def _picture(judge: Callable) -> Callable:
     return lambda clips, asked: judge(clips[:, 0], asked)
 
 
+_SHAPES = {
+    't2i': Exam(
+        requests, lambda request, data: Record(request.caption), _picture(shapes_judge.score)
+    )
+}
+_EDITS = {'edit': Exam(edit_requests, edit_record, _picture(edits_judge.score))}
+_CLIPS = {
+    task: Exam(functools.partial(clip_requests, task), clip_record, clips_judge.score)
+    for task in CLIPS
+}
 # config.evaluate.kind -> {task: exam}
 EXAMS: Mapping[str, Mapping[str, Exam]] = {
-    'shapes': {
-        't2i': Exam(
-            requests, lambda request, data: Record(request.caption), _picture(shapes_judge.score)
-        )
-    },
-    'edits': {'edit': Exam(edit_requests, edit_record, _picture(edits_judge.score))},
-    'clips': {
-        task: Exam(functools.partial(clip_requests, task), clip_record, clips_judge.score)
-        for task in CLIPS
-    },
+    'shapes': _SHAPES,
+    'edits': _EDITS,
+    'clips': _CLIPS,
+    'six_tasks': {**_SHAPES, **_EDITS, **_CLIPS},
 }
 
 
 def examine(
     exam: Exam, draw: Draw, data, *, per_category: int, batch: int, seed: int
 ) -> dict[str, dict]:
-    """{split: {'overall': x, category: x, ...}}; `draw` always gets `batch` records: the last ones
-    are filled up, and what is too much left out.
-    """
+    """{split: {'overall': x, category: x, ...}}"""
     result = {}
     for split in SPLITS:
         asked = exam.requests(split, per_category, seed)
         records = [unanswered(exam.record(one, data)) for one in asked]
-        records += records[-1:] * (-len(records) % batch)
-        starts = range(0, len(records), batch)
-        drawn = [draw(records[at : at + batch], range(at, at + batch)) for at in starts]
-        result[split] = exam.score(np.concatenate(drawn)[: len(asked)], asked)
+        result[split] = exam.score(in_batches(draw, records, batch), asked)
     return result
+
+
+def in_batches(draw: Draw, records: Sequence[Record], batch: int) -> np.ndarray:
+    """One program does for all: the last records are filled up, and what is too much left out."""
+    filled = [*records, *records[-1:] * (-len(records) % batch)]
+    starts = range(0, len(filled), batch)
+    drawn = [draw(filled[at : at + batch], range(at, at + batch)) for at in starts]
+    return np.concatenate(drawn)[: len(records)]

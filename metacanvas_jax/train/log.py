@@ -31,6 +31,7 @@ class MetricLog:
     ) -> None:
         self._every, self._total = every, total
         self._queue: list[tuple[int, Mapping[str, Any]]] = []
+        self._latest: dict[str, int | float] = {}  # of each name, for not every step has all
         self._clock, self._clock_step, self._last = time.monotonic(), resume_step, resume_step
         self._tty, self._open_line = sys.stdout.isatty(), False
         self._writes = jax.process_index() == 0
@@ -52,7 +53,8 @@ class MetricLog:
                 value.copy_to_host_async()
         self._queue.append((step, dict(metrics)))
         if step % self._every == 0 or step == self._total:
-            self._report(step, self._drain())
+            self._drain()
+            self._report(step)
 
     def flush(self) -> None:
         """Puts every line on the disk; call it before each save of a checkpoint."""
@@ -82,30 +84,29 @@ class MetricLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _drain(self) -> dict[str, Any]:
-        """Writes the queued lines; returns the values of the last one."""
-        values: dict[str, Any] = {}
+    def _drain(self) -> None:
+        """Writes the queued lines."""
         queue, self._queue = self._queue, []
         for step, metrics in queue:
             assert step > self._last, f'step {step} written after step {self._last}'
             self._last = step
             values = {name: _number(value) for name, value in metrics.items()}
+            self._latest |= values
             line = {name: _strict(value) for name, value in values.items()}
             self._metrics.write(json.dumps({'step': step, **line}) + '\n')
             if self._board is not None:
                 for name, value in values.items():
                     self._board.add_scalar(name, value, step)
         self._metrics.flush()
-        return values
 
-    def _report(self, step: int, values: dict[str, Any]) -> None:
+    def _report(self, step: int) -> None:
         now = time.monotonic()
         rate = (step - self._clock_step) / max(now - self._clock, 1e-9)
         self._clock, self._clock_step = now, step
         timing = {'step': step, 'time': round(time.time(), 3), 'steps_per_second': round(rate, 4)}
         self._timing.write(json.dumps(timing) + '\n')
         self._timing.flush()
-        shown = [f'{name} {value:.4g}' for name, value in values.items()]
+        shown = [f'{name} {value:.4g}' for name, value in self._latest.items()]
         pace = f'{rate:.3g} steps/s' if rate < 100 else f'{rate:.0f} steps/s'
         left = _clock((self._total - step) / rate)
         line = '  '.join([f'step {step}/{self._total}', *shown, pace, f'ETA {left}'])

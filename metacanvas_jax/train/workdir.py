@@ -10,8 +10,8 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any, BinaryIO
 
 import jax
 from ml_collections import ConfigDict
@@ -81,14 +81,19 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(tree, indent=2, sort_keys=True) + '\n'
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write(path: pathlib.Path, save: Callable[[BinaryIO], Any]) -> None:
     """Writes `path` whole or not at all."""
-    temporary = path.with_name(f'{path.name}.tmp')
-    with temporary.open('w', encoding='utf-8') as file:
-        file.write(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    with temporary.open('wb') as file:
+        save(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    write(path, lambda file: file.write(text.encode()))
 
 
 def _acquire(lock: IO[str], path: pathlib.Path) -> None:

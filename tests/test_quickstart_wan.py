@@ -1,0 +1,98 @@
+"""The quickstart of six tasks: its autoencoder of clips, its batches, its exam."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import quickstart
+from metacanvas_jax.build import size_multiple
+from metacanvas_jax.data.loader import Loader
+from metacanvas_jax.data.shapes import SPLITS
+from metacanvas_jax.data.sources import SOURCES
+from metacanvas_jax.data.tasks import TASKS, diffusion_batch
+from metacanvas_jax.evaluate.shapes_score import EXAMS, examine
+from metacanvas_jax.geometry import Geometry
+from metacanvas_jax.readers import build_readers
+from metacanvas_jax.types import InputError
+from metacanvas_jax.vae.pixel import PixelConfig, PixelVideoVae
+
+CONFIG = quickstart.get_config('wan')
+
+
+@pytest.mark.parametrize('frames', [1, 5, 9])
+def test_clips_come_back_to_the_same_bits(frames):
+    vae = PixelVideoVae(PixelConfig(stride=2), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, frames, 6, 4, 3)).astype(np.float32)
+    z = vae.encode(jnp.asarray(x))
+    assert z.shape == (2, 1 + frames // 4, 3, 2, vae.channels)
+    np.testing.assert_array_equal(vae.decode(z), x)
+    # A first frame alone is the first latent frame, and each other one holds four frames.
+    np.testing.assert_array_equal(vae.encode(jnp.asarray(x[:, :1])), z[:, :1])
+    other = x.copy()
+    other[:, -1] += 1
+    changed = np.asarray(vae.encode(jnp.asarray(other)) != z).any((0, 2, 3, 4))
+    assert changed.tolist() == [False] * (frames // 4) + [True]
+
+
+def test_every_task_has_shapes_of_its_own_and_no_others():
+    """A program each: of pictures one latent frame, of clips three."""
+    readers, sources = build_readers(CONFIG), SOURCES['shapes'](CONFIG.data)
+    loader = Loader(
+        sources,
+        CONFIG.data.tasks,
+        lambda task, records, lots: (task, diffusion_batch(readers, task, records, lots)),
+        batch=dict.fromkeys(CONFIG.data.tasks, jax.device_count()),
+        accumulate=1,
+        seed=0,
+        threads=1,
+        prefetch=1,
+    )
+    shapes = {}
+    for step in range(60):
+        task, batch = loader.batch(step)
+        assert task == loader.task(step)
+        shapes.setdefault(task, set()).add(str(jax.tree.map(np.shape, batch)))
+        frames = batch.visual.clean_BT.shape[1], batch.pixels_BFHWC.shape[1]
+        assert frames == ((3, 9) if TASKS[task].video else (1, 1))
+        assert (batch.visual.clean_BT[:, 0] == (task == 'i2v')).all()
+    assert shapes.keys() == set(CONFIG.data.tasks) == EXAMS['six_tasks'].keys()
+    assert {task: len(found) for task, found in shapes.items()} == dict.fromkeys(shapes, 1)
+
+
+def test_pictures_are_drawn_by_what_draws_clips():
+    geometry = Geometry(CONFIG, 2, 4, 48, takes_context=False)
+    assert size_multiple(CONFIG) == 4
+    assert [geometry.frames(None, task) for task in (None, 't2v', 't2i', 'edit')] == [9, 9, 1, 1]
+    assert (geometry.frames(5, 't2v'), geometry.frames(1, 't2i')) == (5, 1)
+    with pytest.raises(InputError, match="task 'edit' makes pictures, not 5 frames"):
+        geometry.frames(5, 'edit')
+    with pytest.raises(InputError, match="no task 'walk'"):
+        geometry.frames(5, 'walk')
+
+
+@pytest.mark.parametrize('task', [task for task in EXAMS['six_tasks'] if task != 't2i'])
+def test_answers_pass_and_those_to_other_questions_do_not(task):
+    exam, each, seed = EXAMS['six_tasks'][task], 2, 5
+    asked = [
+        [exam.record(one, CONFIG.data).pixels for one in exam.requests(split, each, seed)]
+        for split in SPLITS
+    ]
+    size = len(asked[0])
+
+    def table(shift: int) -> dict:
+        splits = iter(asked)
+        settings = dict(per_category=each, batch=size, seed=seed)
+        return examine(
+            exam,
+            lambda records, indices: np.roll(np.stack(next(splits)), shift, axis=0),
+            CONFIG.data,
+            **settings,
+        )
+
+    right, wrong = table(0), table(1)
+    for split in SPLITS:
+        assert right[split]['overall'] == 1
+        assert wrong[split]['overall'] <= 0.25
+        assert ('flicker_first' in right[split]) == TASKS[task].video
