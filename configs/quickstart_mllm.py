@@ -39,7 +39,16 @@ def answers(config: ConfigDict) -> None:
     config.optimizer.cooldown_steps = 1500
 
 
-VARIANTS = {'words': words, 'eyes': eyes, 'answers': answers}
+def relations(config: ConfigDict) -> None:
+    """From what `answers` wrote; what it still mistakes."""
+    config.steps = 2000
+    config.data.tasks = dict(
+        layout=0.1, dialogue=0.1, picture=0.1, picture_question=0.3, picture_relation=0.4
+    )
+    config.optimizer.cooldown_steps = 1000
+
+
+VARIANTS = {'words': words, 'eyes': eyes, 'answers': answers, 'relations': relations}
 
 
 def get_config(variant: str = 'words') -> ConfigDict:

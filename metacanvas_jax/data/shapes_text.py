@@ -136,13 +136,22 @@ def _picture_layout(rng, split: str) -> Text:
 
 
 def _picture_question(rng, split: str) -> Text:
+    return _asked(rng, _draw_scene(rng, split), _QUESTIONS)
+
+
+def _picture_relation(rng, split: str) -> Text:
+    """Of several objects, what only colour and shape together tell apart."""
+    return _asked(rng, draw_edit(rng, pick(rng, EDITS), split).source, _RELATIONS)
+
+
+def _asked(rng, scene: Scene, kinds) -> Text:
     """One question or more; each is said again before its answer, after a look at the picture.
 
     The look says what is where, then where what is: a small model finds what stands behind a word.
     """
-    scene, wanted, asked = _draw_scene(rng, split), 1 + int(rng.random() * QUESTIONS), {}
+    wanted, asked = 1 + int(rng.random() * QUESTIONS), {}
     while len(asked) < wanted:
-        if found := pick(rng, _QUESTIONS)(rng, scene):
+        if found := pick(rng, kinds)(rng, scene):
             asked.update([found])
     said = [f'{question} {found}' for question, found in asked.items()]
     told = _objects(sorted(scene.objects, key=lambda o: tuple(PLACES).index(place(o))))
@@ -170,6 +179,7 @@ TEXTS = {
     'picture_layout': (0.4, _picture_layout),
     'picture_question': (0.4, _picture_question),
     'picture_edit': (0.2, _picture_edit),
+    'picture_relation': (1.0, _picture_relation),
 }
 READ = ('caption', 'question', 'edit')
 SEE = ('picture_layout', 'picture_question', 'picture_edit')
@@ -329,6 +339,7 @@ _QUESTIONS = (
     _where,
     _what_background,
 )
+_RELATIONS = (_where, _where, _what_colour, _what_is_beside, _is_there)
 _LOOKUPS = (  # what is asked of a place, and what is said of the object there
     ('What', lambda o: o.name),
     ('What colour', lambda o: o.colour),

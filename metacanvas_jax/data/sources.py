@@ -113,5 +113,6 @@ SOURCES = {
         'dialogue': _dialogues(data, *(kind for kind in READ if kind != 'caption')),
         'picture': _dialogues(data, *SEE),
         'picture_question': _dialogues(data, 'picture_question'),
+        'picture_relation': _dialogues(data, 'picture_relation'),
     },
 }
