@@ -233,7 +233,8 @@ class Pipeline:
         task: str | None = None,
         frames: int | None = None,
     ) -> np.ndarray:
-        """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I).
+        """What the canvas adds to the latents half-way to the picture: (B, T, h, w, D) (App. I);
+        nothing to frames that are given.
 
         Half-way along Euler's steps, whatever the solver.
         """
@@ -319,7 +320,8 @@ class Pipeline:
         model = self._model(state)
         plan = model.plan(prompt, latents)
         patches = model.patchify(z, plan, visual)
-        return model.canvas.fusion.features(patches, plan.canvas, jnp.full(z.shape[:2], t))
+        features = model.canvas.fusion.features(patches, plan.canvas, jnp.full(z.shape[:2], t))
+        return jnp.where(visual.clean_BT[:, :, None, None, None] > 0, 0, features)
 
     # ------------------------------------------------------------ inputs
 

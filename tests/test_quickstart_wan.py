@@ -1,5 +1,8 @@
 """The quickstart of six tasks: its autoencoder of clips, its batches, its exam."""
 
+import dataclasses
+
+import av
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +10,20 @@ import pytest
 from flax import nnx
 
 from configs import quickstart
-from metacanvas_jax.build import size_multiple
+from metacanvas_jax.build import build_model, size_multiple
 from metacanvas_jax.data.loader import Loader
 from metacanvas_jax.data.shapes import SPLITS
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.data.tasks import TASKS, diffusion_batch
 from metacanvas_jax.evaluate.shapes_score import EXAMS, examine
 from metacanvas_jax.geometry import Geometry
+from metacanvas_jax.mllm.config import PRESETS
+from metacanvas_jax.pipeline import Pipeline
 from metacanvas_jax.readers import build_readers
 from metacanvas_jax.types import InputError
 from metacanvas_jax.vae.pixel import PixelConfig, PixelVideoVae
+from tests import tiny
+from tests.test_bad_input import script
 
 CONFIG = quickstart.get_config('wan')
 
@@ -96,3 +103,42 @@ def test_answers_pass_and_those_to_other_questions_do_not(task):
         assert right[split]['overall'] == 1
         assert wrong[split]['overall'] <= 0.25
         assert ('flicker_first' in right[split]) == TASKS[task].video
+
+
+@pytest.fixture(scope='module')
+def pipe():
+    """Random, with a language model of one layer; all of it matters."""
+    vision, config = PRESETS['tiny'].vision, quickstart.get_config('wan')
+    assert vision
+    vision = dataclasses.replace(vision, depth=2, fullatt_block_indexes=(1,))
+    small = dataclasses.replace(PRESETS['tiny'], vision=vision, num_hidden_layers=1)
+    config.weights.mllm = 'random'
+    config.mllm.remat = config.backbone.remat = 'none'
+    config.backbone.update(num_attention_heads=1, num_layers=1, ffn_dim=32)
+    config.sample.steps = 2
+    config.evaluate.batch_size = 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, 'tiny', small)
+        model = tiny.randomised(lambda _: build_model(config, jax.random.key(0)))
+        yield Pipeline(config, *nnx.split(model), tiny.one_device())
+
+
+def test_sheets_of_clips(pipe, tmp_path, monkeypatch):
+    """Of a task that is given the first frame: that of each clip is exactly the given one."""
+    task = 'i2v'
+    with script('train') as train:
+        exams = {task: EXAMS['six_tasks'][task]}
+        monkeypatch.setattr(train, 'EXAMS', dict.fromkeys(EXAMS, exams))
+        train.draw_samples(pipe, tmp_path, 7)
+        (told,) = train.to_draw(pipe.config).values()
+        drawn = train.drawing(pipe, task)(told[:4], range(4))
+        maps = train.mapping(pipe, task)(told[:4], range(4))
+    folder = tmp_path / 'samples/step_7'
+    assert {path.name for path in folder.iterdir()} == {'grid.png', 'grid.mp4', 'canvas.png'}
+    with av.open(str(folder / 'grid.mp4')) as video:
+        assert len([*video.decode(video=0)]) == pipe.config.data.frames
+    assert drawn.shape == (4, 9, 32, 32, 3)
+    np.testing.assert_array_equal(drawn[:, 0], [record.first for record in told[:4]])
+    assert maps.shape == (4, 3, 8, 8, 3)
+    # The canvas leaves the first frame as it is.
+    assert maps.any((2, 3, 4)).tolist() == [[False, True, True]] * 4
