@@ -5,11 +5,12 @@ import functools
 import hashlib
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from metacanvas_jax.data.aspects import Size, in_blocks, sizes_of
 from metacanvas_jax.data.media import cover, decode_clip, decode_image, video_seconds
 from metacanvas_jax.data.places import Place
 from metacanvas_jax.data.records import Record
@@ -50,7 +51,8 @@ class Captioned:
         """`clips` are for videos, `references` the most that a sample may show."""
         if not samples:
             raise InputError('there are no captioned pictures')
-        self._samples, self._size, self._seed = samples, (height, width), seed
+        self._samples, self._seed = samples, seed
+        self._size, self._sizes = (height, width), None
         self._kind, self._clips, self._references = kind, clips, references
         rng = np.random.default_rng(seed)
         self._order = (
@@ -59,17 +61,41 @@ class Captioned:
         self._lock = threading.Lock()
         self.broken: dict[str, str] = {}
 
+    def group(self, batch: int, nearest: Callable[[int, int], Size]) -> None:
+        """Pictures of every `batch` records in a row get one size, the `nearest` to theirs.
+
+        What has no size is broken, and left out; a last batch of a size repeats some of its first.
+        """
+        if self._clips is not None:
+            raise InputError(f'config.data.sizes is for pictures, not for {self._kind.name}')
+        sizes: dict[int, Size] = {}
+        for at, size in enumerate(sizes_of(self._samples, self.fingerprint)):
+            try:
+                if isinstance(size, str):
+                    raise InputError(size)
+                sizes[at] = nearest(*size)
+            except InputError as error:
+                self._note(self._samples[at].name, str(error))
+        self._sizes = sizes
+        self._order = in_blocks([at for at in self._order if at in sizes], sizes, batch)
+
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> Record:
-        for step in range(len(self)):
-            sample = self._samples[self._order[(index + step) % len(self)]]
+        size = self._size_at(index)
+        for at in range(index, index + len(self)):
+            if self._size_at(at) != size:
+                continue
+            sample = self._samples[self._order[at % len(self)]]
             try:
-                return self._read(sample, np.random.default_rng((self._seed, index)))
+                return self._read(sample, size, np.random.default_rng((self._seed, index)))
             except (InputError, OSError) as error:
                 self._note(sample.name, str(error))
-        raise InputError(f'all {len(self)} samples are broken; {self._some()}')
+        raise InputError(f'all {len(self._samples)} samples are broken; {self._some()}')
+
+    def _size_at(self, index: int) -> Size:
+        return self._size if self._sizes is None else self._sizes[self._order[index % len(self)]]
 
     @property
     def fingerprint(self) -> str:
@@ -89,7 +115,7 @@ class Captioned:
 
     # ------------------------------------------------------------ one sample
 
-    def _read(self, sample: Sample, rng: np.random.Generator) -> Record:
+    def _read(self, sample: Sample, size: Size, rng: np.random.Generator) -> Record:
         """`rng` chooses the words, where there are several, and where a clip begins."""
         texts, name = _texts(sample), sample.name
         text = texts[rng.integers(len(texts))]
@@ -100,7 +126,7 @@ class Captioned:
         if missing := shown.keys() - places.keys():
             what = 'source' if 'source' in missing else 'video' if self._kind.video else 'picture'
             raise InputError(f'{name} has no {what}')
-        fit = functools.partial(cover, height=self._size[0], width=self._size[1])
+        fit = functools.partial(cover, height=size[0], width=size[1])
         found: Mapping[str, Any]
         if self._clips is None:
             found = {field: fit(_picture(place, name))[None] for field, place in places.items()}
@@ -148,9 +174,9 @@ class Captioned:
                 return
             self.broken[name] = reason
             count = len(self.broken)
-        print(f'broken sample {count} of {len(self)}, replaced: {reason}', file=sys.stderr)
-        if count > max(10, BROKEN * len(self)):
-            raise InputError(f'{count} of {len(self)} samples are broken; {self._some()}')
+        print(f'broken sample {count} of {len(self._samples)}, replaced: {reason}', file=sys.stderr)
+        if count > max(10, BROKEN * len(self._samples)):
+            raise InputError(f'{count} of {len(self._samples)} samples are broken; {self._some()}')
 
     def _some(self) -> str:
         return '; '.join(list(self.broken.values())[:5])

@@ -19,7 +19,7 @@ import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.positions import Grid
@@ -71,6 +71,18 @@ def decode_image(file: BinaryIO, name: str | pathlib.Path) -> np.ndarray:
         raise
     except Image.UnidentifiedImageError as error:
         raise InputError(f'{name} is no picture that Pillow knows') from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f'cannot read {name}: {error}') from error
+
+
+def picture_size(file: BinaryIO, name: str | pathlib.Path) -> tuple[int, int]:
+    """Height and width of the picture in an open file, upright; only its header is read."""
+    _check_start(file.read(_START), name)
+    file.seek(0)
+    try:
+        with Image.open(file) as image:
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # on its side
+            return (image.width, image.height) if lies else (image.height, image.width)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f'cannot read {name}: {error}') from error
 

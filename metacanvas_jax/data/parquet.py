@@ -5,6 +5,7 @@ pyarrow is an extra: it is imported where a file is opened.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import pathlib
@@ -102,6 +103,17 @@ class Parquet:
         types = self._arrow.types
         is_list = types.is_list(kind) or types.is_large_list(kind)
         return self._is_text(kind.value_type if is_list else kind)
+
+    @functools.cached_property
+    def picture_sizes(self) -> np.ndarray | None:
+        """(rows, 2): its columns height and width, 0 where they are empty; None without them."""
+        names = ['height', 'width']
+        types = {field.name: field.type for field in self._schema}
+        if not all(name in types and self._arrow.types.is_integer(types[name]) for name in names):
+            return None
+        with _reading(self.path), self._open(self.path, metadata=self._metadata) as file:
+            table = file.read(columns=names)
+            return np.stack([table.column(name).fill_null(0).to_numpy() for name in names], 1)
 
     def sizes(self, column: str) -> np.ndarray:
         """Of a column in each row group, in bytes."""

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import pathlib
 import tarfile
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from metacanvas_jax.types import InputError
 
@@ -29,15 +29,44 @@ class Part:
 
     def open(self) -> BinaryIO:
         # Opened each time: no file is shared by threads, and shards may be many.
-        return open(self.file, 'rb') if self.size < 0 else io.BytesIO(self.read())
+        file = open(self.file, 'rb')  # noqa: SIM115  (who asks closes it)
+        return file if self.size < 0 else io.BufferedReader(_Slice(file, self.offset, self.size))
 
     def read(self) -> bytes:
-        with open(self.file, 'rb') as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        with self.open() as file:
+            return file.read()
 
     def texts(self) -> list[str]:
         return [self.read().decode()]
+
+
+class _Slice(io.RawIOBase):
+    """A part of an open file as a file: of a picture often the header is enough."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, begin + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def list_tar(path: pathlib.Path) -> dict[str, Part]:

@@ -175,6 +175,15 @@ class Rows(Sequence[Sample]):
         cells: dict[str, Any] = {field: Cell(file, row, name) for field, name in names.items()}
         return Sample(f'{file.path}#{row}', **cells)
 
+    def size(self, index: int) -> tuple[int, int] | None:
+        """Height and width of its picture, where columns tell them."""
+        at = int(np.searchsorted(self._ends, index, 'right'))
+        file, _ = self._files[at]
+        if (sizes := file.picture_sizes) is None:
+            return None
+        height, width = sizes[index - self._ends[at] + len(file)].tolist()
+        return (height, width) if height > 0 and width > 0 else None
+
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """Indices. Row groups in any order, then the rows of as many as memory holds at once.
 
