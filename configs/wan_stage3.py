@@ -6,9 +6,9 @@
 
 All of the DiT learns, what wan_stage2.py learned with it, and from here on its input: 52 new
 channels, at first zero, hold the source of an edit, or tell that a slot in front of the frames
-holds a reference. i2v is drawn from t2v's videos; v2v and r2v from lines of a dataset.jsonl, with a
-source or with references. New are canvas (3 keyframes of 11 x 20) and canvas connector, and a LoRA of rank
-64 on the MLLM. 10k steps of 2048 pictures or 128 videos.
+holds a reference. New are canvas (3 keyframes of 11 x 20) and canvas connector, and a LoRA of rank
+64 on the MLLM. 10k steps of 2048 pictures or 128 videos; i2v is drawn from t2v's, v2v and r2v want
+videos with a source or with references.
 
 Table 6: --config.canvas.keyframes=1, 3, 6, 11 or 31.
 """

@@ -70,12 +70,16 @@ class Captioned:
             raise InputError(f'config.data.sizes is for pictures, not for {self._kind.name}')
         sizes: dict[int, Size] = {}
         for at, size in enumerate(sizes_of(self._samples, self.fingerprint)):
+            name = self._samples[at].name
+            if isinstance(size, str):
+                self._note(name, size)
+                continue
             try:
-                if isinstance(size, str):
-                    raise InputError(size)
                 sizes[at] = nearest(*size)
             except InputError as error:
-                self._note(self._samples[at].name, str(error))
+                self._note(name, f'{name}: {error}')
+        if not sizes:
+            raise InputError(f'all {len(self._samples)} samples are broken; {self._some()}')
         self._sizes = sizes
         self._order = in_blocks([at for at in self._order if at in sizes], sizes, batch)
 
