@@ -18,12 +18,14 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from metacanvas_jax.build import check_size, choose, part_sizes, picture_size
+from metacanvas_jax.build import check_size, choose, part_sizes, picture_size, size_multiple
 from metacanvas_jax.caching import cached_readers, fill, from_cache, open_caches
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
 from metacanvas_jax.command import compilation_cache, config_from_flags, define_config, run
+from metacanvas_jax.data.captioned import Captioned
 from metacanvas_jax.data.feature_cache import FeatureCache
+from metacanvas_jax.data.kontext_sizes import context_size
 from metacanvas_jax.data.loader import Loader, process_rows
 from metacanvas_jax.data.media import encode_video
 from metacanvas_jax.data.records import Record
@@ -105,6 +107,11 @@ def make_loader(config: ConfigDict, caches: Mapping[str, FeatureCache] | None = 
     names = {name: _batch_size(config, name) for name in config.data.tasks}
     for name in {*names.values()}:
         process_rows(config[name], config.accumulate, name)
+    if config.data.get('sizes') == 'kontext':
+        nearest = functools.partial(context_size, multiple=size_multiple(config))
+        for source in {*sources.values()}:
+            if isinstance(source, Captioned):  # others are of one size
+                source.group(config.batch_size, nearest)
     return Loader(
         sources,
         config.data.tasks,

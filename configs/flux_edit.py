@@ -5,6 +5,10 @@
         --config.weights.context_connector=DIR --config.weights.pooled_encoder=DIR \
         --config.data.path=DIR
 
+data.path holds the parquet files of OmniEdit and HQ-Edit, in folders as they like, or
+GPT-Image-Edit's tars or folders, or a dataset.jsonl. A step's pictures have one of the 17 sizes of
+Kontext, each a program: that of the nearest shape.
+
 A frozen Qwen2.5-VL-7B sees the source picture and the instruction; its states go through the MLP of
 UniWorld-V1 into FLUX's frozen text input, in the place of T5's. A canvas of 32 x 32 is added to the
 tokens of the target alone, at half their resolution; the source stands beside them as a context
@@ -97,6 +101,8 @@ def get_config(variant: str = 'canvas') -> ConfigDict:
         cache=None,
         seed=0,
         size=1024,
+        sizes='kontext',
+        columns=dict(source=None, target=None, instruction=None),
         tasks=dict(edit=1.0),
         text_dropout=0.0,  # guidance is embedded: there is no unconditional branch to train
         threads=16,

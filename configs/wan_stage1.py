@@ -7,7 +7,8 @@
 Qwen2.5-VL-7B takes the place of UMT5; a new MLP between it and the DiT is all that learns. Pictures
 only: four of five steps draw from captions, the fifth draws what the MLLM sees. 100k steps of 4096
 pictures at 480 x 832 on 128 A100. The folders of weights are what `python -m convert import`
-wrote; data.path holds captioned pictures. wan_stage2.py goes on from here.
+wrote; data.path holds captioned pictures, data.paths.NAME those of task NAME where they are
+elsewhere. wan_stage2.py goes on from here.
 """
 
 from ml_collections import ConfigDict
@@ -52,6 +53,7 @@ def get_config() -> ConfigDict:
     config.data = dict(
         source='captioned',
         path=None,
+        paths=dict(t2i=None),
         columns=dict(picture=None, caption=None),
         cache=None,
         seed=0,

@@ -2,12 +2,13 @@
 
     python train.py --config configs/wan_stage3.py --workdir runs/wan3 \
         --config.init_from=runs/wan2 --config.weights.mllm=DIR --config.weights.backbone=DIR \
-        --config.weights.vae=DIR --config.data.path=DIR
+        --config.weights.vae=DIR --config.data.paths.{t2i,edit,t2v,v2v,r2v}=DIR
 
 All of the DiT learns, what wan_stage2.py learned with it, and from here on its input: 52 new
 channels, at first zero, hold the source of an edit, or tell that a slot in front of the frames
 holds a reference. New are canvas (3 keyframes of 11 x 20) and canvas connector, and a LoRA of rank
-64 on the MLLM. 10k steps of 2048 pictures or 128 videos.
+64 on the MLLM. 10k steps of 2048 pictures or 128 videos; i2v is drawn from t2v's, v2v and r2v want
+videos with a source or with references.
 
 Table 6: --config.canvas.keyframes=1, 3, 6, 11 or 31.
 """
@@ -40,5 +41,7 @@ def get_config() -> ConfigDict:
     config.backbone.changes.in_channels = 48 + 48 + 4  # noisy, condition, mask
     config.optimizer.lr = 1e-5
     config.data.references = 4
+    config.data.paths.update(edit=None, v2v=None, r2v=None)
+    config.data.columns.update(source=None, target=None, instruction=None)
     config.data.tasks = dict(t2i=0.05, edit=0.15, t2v=0.15, i2v=0.15, v2v=0.25, r2v=0.25)
     return config

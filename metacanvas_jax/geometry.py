@@ -136,6 +136,7 @@ class Geometry:
             readers.visuals.bucket,
             height=H * self.stride,
             width=W * self.stride,
+            as_given=False,
             frames=(T - 1) * self.time_stride + 1,
             latent_frames=T,
         )

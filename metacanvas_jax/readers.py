@@ -91,6 +91,7 @@ def build_visuals(config: ConfigDict) -> Visuals:
         latent_frames=visuals.latent_frames(frames, find_part(config, 'vae').module.time_stride),
         references=data.get('references', 0),
         short_clips=data.get('short_clips', 'refuse'),
+        as_given=data.get('sizes') == 'kontext',
     )
     choose(visuals.SHORT_CLIPS, bucket.short_clips, 'config.data.short_clips')
     sizes = part_sizes(config, 'backbone')

@@ -13,8 +13,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from metacanvas_jax.data.captioned import BROKEN, CaptionedPictures, Part, find_samples, list_tar
+from metacanvas_jax.data.captioned import BROKEN, Captioned
 from metacanvas_jax.data.media import cover
+from metacanvas_jax.data.places import Part, list_tar
+from metacanvas_jax.data.samples import find_samples
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.types import InputError
 
@@ -69,9 +71,9 @@ def manifest(folder: pathlib.Path, count: int = 12) -> pathlib.Path:
     return folder
 
 
-def source(path: pathlib.Path, *, seed: int = 0) -> CaptionedPictures:
+def source(path: pathlib.Path, *, seed: int = 0) -> Captioned:
     """At the pictures' own size, so that their pixels are known."""
-    return CaptionedPictures(find_samples(path), height=30, width=40, seed=seed)
+    return Captioned(find_samples(path), height=30, width=40, seed=seed)
 
 
 def contents(records) -> dict[str, bytes]:
@@ -215,7 +217,7 @@ def test_what_is_no_data(tmp_path):
     with pytest.raises(InputError, match='no such file or folder'):
         find_samples(tmp_path / 'none')
     with pytest.raises(
-        InputError, match=r'holds neither dataset\.jsonl nor \.tar or \.parquet files'
+        InputError, match=r'holds neither dataset\.jsonl nor \.csv, \.tar or \.parquet files'
     ):
         find_samples(tmp_path)
     tar = shards(tmp_path / 'tars') / '0.tar'
@@ -302,9 +304,9 @@ def test_cover(size, shape):
 
 def test_as_a_source_of_a_run(tmp_path):
     folder = shards(tmp_path / 'tars')
-    data = ConfigDict(dict(path=str(folder), size=16, seed=3))
+    data = ConfigDict(dict(path=str(folder), size=16, seed=3, tasks=dict(recon=1.0)))
     found = SOURCES['captioned'](data)
     assert found.keys() == {'t2i', 'recon'}
     assert found['t2i'][5].pixels.shape == (1, 16, 16, 3)
     with pytest.raises(InputError, match=r'config\.data\.path is missing'):
-        SOURCES['captioned'](ConfigDict(dict(size=16, seed=3)))
+        SOURCES['captioned'](ConfigDict(dict(size=16, seed=3, tasks=dict(t2i=1.0))))

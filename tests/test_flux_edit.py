@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import flux_edit
 from metacanvas_jax.build import build_model
+from metacanvas_jax.data import kontext_sizes
 from metacanvas_jax.data.tasks import Asked
 from metacanvas_jax.loading import check_model
 from metacanvas_jax.readers import READERS
@@ -26,6 +27,8 @@ from metacanvas_jax.train.step import make_train_step
 from metacanvas_jax.train.trainable import parameter_sizes
 from metacanvas_jax.types import Batch, InputError, Visual
 from tests import tiny
+from tests.test_bad_input import script
+from tests.test_samples import edit, edit_lines
 
 MANIFESTS = pathlib.Path(__file__).parent / 'manifests'
 COUNTS = {  # spec.md sections 5.2, 4, 3.9 and 2.7
@@ -86,6 +89,7 @@ def small() -> ConfigDict:
     config.mllm.update(size='tiny', remat='full')
     config.mllm.lora.update(rank=2, alpha=2.0)
     config.prompt.update(tokenizer='tiny_qwen', buckets=(64,), max_text=16)
+    config.prompt.update(windows=(1,), min_pixels=32 * 32, max_pixels=32 * 32)
     config.pooled_encoder = dict(kind='stored', width=20)
     config.context.hidden = 32
     config.canvas.update(grid=(2, 2), head_dim=32)
@@ -147,9 +151,19 @@ def test_a_canvas_touches_the_target_alone(system):
 
 
 @pytest.mark.usefixtures('quick_compiles')
-def test_tiny_run(system):
+def test_tiny_run(system, tmp_path, monkeypatch):
     """All that shall learn has moved by the fifth step, and nothing else by a bit by the tenth."""
-    config, model, batch = system
+    config, model, _ = system
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(kontext_sizes, 'KONTEXT_SIZES', [(16, 24), (24, 16)])
+    config = config.copy_and_resolve_references()
+    config.data.path = str(edit_lines(tmp_path / 'data', [edit(0), edit(1)]))
+    with script('train') as train, monkeypatch.context() as one_device:
+        one_device.setattr(jax, 'device_count', lambda: 1)
+        batch = train.make_loader(config).batch(0)
+    assert batch.pixels_BFHWC.shape == (2, 1, 16, 24, 3)
+    assert batch.visual.context_images[0].shape == (2, 16, 24, 3)
+    assert batch.texts.mllm.vision
     graphdef, trainable, frozen = split_model(
         lambda _: model,
         check_model(config),

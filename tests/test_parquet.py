@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from metacanvas_jax.data import captioned
-from metacanvas_jax.data.captioned import CaptionedPictures, Rows, find_samples
-from metacanvas_jax.data.parquet import Kept, Parquet
+from metacanvas_jax.data import samples as samples_module
+from metacanvas_jax.data.captioned import Captioned
+from metacanvas_jax.data.parquet import Cell, Kept, Parquet
+from metacanvas_jax.data.samples import Rows, find_samples
 from metacanvas_jax.data.sources import SOURCES
 from metacanvas_jax.types import InputError
 from tests.test_captioned import WANT, contents, picture, source, write_tar
@@ -64,7 +65,7 @@ FORMS = ('struct', 'bytes', 'others')
 
 def read(part) -> bytes:
     assert part is not None
-    return part.read()
+    return part.open().read()
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -75,7 +76,8 @@ def test_every_record_once_and_nothing_is_written(tmp_path, form):
     names = [str(folder / 'a.parquet')] * 5 + [str(folder / 'b/0.parquet')] * 7
     rows = [*range(5), *range(7)]
     assert [s.name for s in samples] == [f'{n}#{i}' for n, i in zip(names, rows, strict=True)]
-    assert [read(s.caption).decode() for s in samples] == captions([*range(7, 12), *range(7)])
+    told = [s.caption.texts() for s in samples if isinstance(s.caption, Cell)]
+    assert told == [[text] for text in captions([*range(7, 12), *range(7)])]
     for bad in (-1, 12):
         with pytest.raises(IndexError):
             samples[bad]
@@ -155,7 +157,7 @@ def test_a_row_group_that_cannot_be_read(tmp_path):
     samples = find_samples(path)
     path.write_bytes(b'')  # after it was listed
     with pytest.raises(InputError, match=r'cannot read .*a\.parquet#0: '):
-        read(samples[0].picture)
+        read(samples[0].target)
 
 
 # ---------------------------------------------------------------- what is read, and when
@@ -200,14 +202,14 @@ def test_each_row_group_is_read_once_an_epoch(tmp_path, reads, monkeypatch):
     assert size.shape == (60,)
     assert 80 < size[0] < 500 < 1080 < size[-1] < 1500  # of this column alone
     room = 16 * int(size.max())
-    monkeypatch.setattr(captioned, 'WINDOW', room // 2)
+    monkeypatch.setattr(samples_module, 'WINDOW', room // 2)
     orders = []
     for seed in (0, 0, 1):
         samples = Rows([Parquet(path, Kept(room))], {})
         orders.append(samples.shuffled(np.random.default_rng(seed)))
         reads.clear()
         for index in orders[-1]:
-            assert read(samples[index].picture)[:8] == number(index)
+            assert read(samples[index].target)[:8] == number(index)
         assert sorted(reads) == [(i, 'img') for i in range(60)]
     first, again, other = (order.tolist() for order in orders)
     assert first == again != other
@@ -226,7 +228,7 @@ def test_the_order_is_that_of_the_dataset(tmp_path):
     folder = broken(tmp_path)
     samples = find_samples(folder)
     order = samples.shuffled(np.random.default_rng(5))
-    found = CaptionedPictures(samples, height=30, width=40, seed=5)
+    found = Captioned(samples, height=30, width=40, seed=5)
     for i in (0, 3, 199):
         if order[i] not in REASONS:
             assert found[i].text == f'caption {order[i]}'
@@ -317,21 +319,21 @@ def test_names_of_columns(tmp_path):
     data = [picture(i) for i in range(12)]
     columns = dict(image=data[::-1], mine=data, text=['no'] * 12, also=captions(range(12)))
     path = write(tmp_path / 'a.parquet', **columns)
-    config = ConfigDict(dict(path=str(path), size=30, seed=0))
+    config = ConfigDict(dict(path=str(path), size=30, seed=0, tasks=dict(t2i=1.0)))
     config.columns = dict(picture='mine', caption='also')
     found = SOURCES['captioned'](config)['t2i']
     assert {record.text for record in (found[i] for i in range(12))} == set(captions(range(12)))
-    named = CaptionedPictures(find_samples(path, config.columns), height=30, width=40, seed=0)
+    named = Captioned(find_samples(path, config.columns), height=30, width=40, seed=0)
     assert contents(named[i] for i in range(12)) == WANT
     config.columns = dict(picture=None, caption='also')
-    guessed = CaptionedPictures(find_samples(path, config.columns), height=30, width=40, seed=0)
+    guessed = Captioned(find_samples(path, config.columns), height=30, width=40, seed=0)
     assert contents(guessed[i] for i in range(12)).keys() == WANT.keys()
     assert contents(guessed[i] for i in range(12)) != WANT
     (tmp_path / 'dataset.jsonl').write_text(
         '{"task": "t2i", "prompt": "caption 3", "target": "parquet://a.parquet#3"}'
     )
     samples = find_samples(tmp_path, dict(picture='mine'))
-    assert read(samples[0].picture) == data[3]
+    assert read(samples[0].target) == data[3]
     config.columns = dict(picture='mine', text='also')
     with pytest.raises(InputError, match=r"columns has 'text'; it takes picture, caption"):
         SOURCES['captioned'](config)

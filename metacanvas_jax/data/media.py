@@ -5,18 +5,21 @@ a video's frames are the pictures: one size for all of them, two to a temporal p
 repeated where they are odd.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import warnings
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import BinaryIO
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from metacanvas_jax.mllm.config import QwenConfig
 from metacanvas_jax.mllm.positions import Grid
@@ -72,6 +75,18 @@ def decode_image(file: BinaryIO, name: str | pathlib.Path) -> np.ndarray:
         raise InputError(f'cannot read {name}: {error}') from error
 
 
+def picture_size(file: BinaryIO, name: str | pathlib.Path) -> tuple[int, int]:
+    """Height and width of the picture in an open file, upright; only its header is read."""
+    _check_start(file.read(_START), name)
+    file.seek(0)
+    try:
+        with Image.open(file) as image:
+            lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # on its side
+            return (image.width, image.height) if lies else (image.height, image.width)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f'cannot read {name}: {error}') from error
+
+
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith('I'):  # 16 bits, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -115,38 +130,81 @@ def read_video(path: str | pathlib.Path, frames: int) -> tuple[np.ndarray, float
 
 def read_clip(path: str | pathlib.Path, frames: int, fps: float) -> np.ndarray:
     """The first frames at this rate, fewer of a shorter video: (F, H, W, 3) uint8."""
-    found, read, last, until = [], 0, None, 0.0
     try:
         with open(path, 'rb') as file:
-            _check_start(file.read(_START), path)
+            return decode_clip(file, path, frames, fps)
     except OSError as error:
         raise InputError(f'cannot read {path}: {error.strerror}') from error
+
+
+def decode_clip(
+    file: BinaryIO,
+    name: str | pathlib.Path,
+    frames: int,
+    fps: float,
+    *,
+    start: float = 0.0,
+    fit: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
+) -> np.ndarray:
+    """Frames of the video in an open file at this rate, from so many seconds on, each `fit`.
+
+    Only a clip from the beginning may find fewer.
+    """
+    found, read, last, until = [], 0, None, 0.0
     try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise InputError(f'{path} holds no video')
-            stream = container.streams.video[0]
-            _check_size(path, stream.width, stream.height)
+        with _video(file, name) as (container, stream):
             total, rate = stream.frames, stream.average_rate
+            tick = stream.time_base or Fraction(1, av.time_base)
+            began = float((stream.start_time or 0) * tick)
             stream.thread_type = 'AUTO'
+            if start:
+                container.seek(int((began + start) / tick), stream=stream)
             for frame in container.decode(stream):
                 if frame.time is None or not rate:
-                    raise InputError(f'{path} does not say when its frames are shown')
+                    raise InputError(f'{name} does not say when its frames are shown')
+                time = frame.time - began - start
                 # A moment shows the frame that began last; half a millisecond is rounding.
-                while last is not None and len(found) / fps < frame.time - 5e-4:
-                    found.append(last)
+                while last is not None and len(found) / fps < time - 5e-4:
+                    found.append(fit(_upright(last)))
                 if len(found) >= frames:
                     return np.stack(found[:frames])
-                last, until, read = _upright(frame), frame.time + float(1 / rate), read + 1
+                last, until, read = frame, time + float(1 / rate), read + 1
     except FFmpegError as error:
         if read:
-            raise InputError(f'{path} is cut off after {read} frames') from error
-        raise InputError(f'{path} is no video, or cut off: {error.strerror}') from error
-    if last is None or read < total:
-        raise InputError(f'{path} is cut off: {read} of its {total} frames read')
-    while len(found) / fps < until - 5e-4:
-        found.append(last)
+            raise InputError(f'{name} is cut off after {read} frames') from error
+        raise InputError(f'{name} is no video, or cut off: {error.strerror}') from error
+    while last is not None and len(found) / fps < until - 5e-4:
+        found.append(fit(_upright(last)))
+    if last is None or (len(found) < frames if start else read < total):
+        raise InputError(f'{name} is cut off: {read} of its {total} frames read')
     return np.stack(found[:frames])
+
+
+def video_seconds(file: BinaryIO, name: str | pathlib.Path) -> float:
+    """How long the video in an open file is, as it says itself."""
+    try:
+        with _video(file, name) as (container, stream):
+            if stream.duration is not None and stream.time_base is not None:
+                return float(stream.duration * stream.time_base)
+            return (container.duration or 0) / av.time_base
+    except FFmpegError as error:
+        raise InputError(f'{name} is no video, or cut off: {error.strerror}') from error
+
+
+@contextlib.contextmanager
+def _video(
+    file: BinaryIO, name: str | pathlib.Path
+) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """The container in an open file, and its first stream of pictures."""
+    file.seek(0)
+    _check_start(file.read(_START), name)
+    file.seek(0)
+    with av.open(file) as container:
+        if not container.streams.video:
+            raise InputError(f'{name} holds no video')
+        stream = container.streams.video[0]
+        _check_size(name, stream.width, stream.height)
+        yield container, stream
 
 
 def _count(path: str | pathlib.Path) -> int:

@@ -5,24 +5,20 @@ pyarrow is an extra: it is imported where a file is opened.
 
 import contextlib
 import dataclasses
+import functools
 import importlib
+import io
 import pathlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from metacanvas_jax.data.columns import TEXTS, find_column
 from metacanvas_jax.types import InputError
 
 KEPT = 2**30  # bytes of columns in memory
-
-# The names that published sets have them under, in any case; the first one there is taken.
-NAMES = {
-    'picture': ('image', 'jpg', 'jpeg', 'png', 'webp', 'img', 'picture', 'image_bytes'),
-    'caption': ('caption', 'txt', 'text', 'prompt', 'description', 'long_caption'),
-}
-WANTED = {'picture': 'bytes, or of a struct with bytes', 'caption': 'texts'}
 
 
 class Kept:
@@ -83,28 +79,18 @@ class Parquet:
     def __len__(self) -> int:
         return int(self.lengths.sum())
 
-    def column(self, kind: str, names: Mapping[str, str | None]) -> str:
-        """The name of the column of such a kind: the one that `names` says, else the usual one."""
-        given, fits = names.get(kind), {'picture': self._is_picture, 'caption': self._is_text}[kind]
+    def column(self, role: str, names: Mapping[str, str | None]) -> str:
         fields = {field.name: field.type for field in self._schema}
-        if given is None:
-            found = [name for usual in NAMES[kind] for name in fields if name.lower() == usual]
-        else:
-            found = [name for name in fields if name == given]
-        for name in found:
-            if fits(fields[name]):
-                return name
-        there = ', '.join(f'{name} ({type_})' for name, type_ in fields.items())
-        wants = f'no column of {WANTED[kind]}' + (f' named {given!r}' if given is not None else '')
-        raise InputError(
-            f'{self.path} has {wants} for config.data.columns.{kind}; its columns are: {there}'
-        )
+        there = {name: str(kind) for name, kind in fields.items()}
+        fits = {'caption': self._is_text, 'instruction': self._is_texts}.get(role, self._is_bytes)
+        what = 'texts' if role in TEXTS else 'bytes, or of a struct with bytes'
+        return find_column(role, names, there, self.path, what, lambda name: fits(fields[name]))
 
-    def _is_picture(self, kind: Any) -> bool:
+    def _is_bytes(self, kind: Any) -> bool:
         types = self._arrow.types
         if types.is_struct(kind):
             at = kind.get_field_index('bytes')
-            return at >= 0 and self._is_picture(kind.field(at).type)
+            return at >= 0 and self._is_bytes(kind.field(at).type)
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     def _is_text(self, kind: Any) -> bool:
@@ -112,6 +98,22 @@ class Parquet:
         if types.is_dictionary(kind):
             return self._is_text(kind.value_type)
         return types.is_string(kind) or types.is_large_string(kind)
+
+    def _is_texts(self, kind: Any) -> bool:
+        types = self._arrow.types
+        is_list = types.is_list(kind) or types.is_large_list(kind)
+        return self._is_text(kind.value_type if is_list else kind)
+
+    @functools.cached_property
+    def picture_sizes(self) -> np.ndarray | None:
+        """(rows, 2): its columns height and width, 0 where they are empty; None without them."""
+        names = ['height', 'width']
+        types = {field.name: field.type for field in self._schema}
+        if not all(name in types and self._arrow.types.is_integer(types[name]) for name in names):
+            return None
+        with _reading(self.path), self._open(self.path, metadata=self._metadata) as file:
+            table = file.read(columns=names)
+            return np.stack([table.column(name).fill_null(0).to_numpy() for name in names], 1)
 
     def sizes(self, column: str) -> np.ndarray:
         """Of a column in each row group, in bytes."""
@@ -151,16 +153,22 @@ def _reading(name: object) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cell:
-    """Some bytes of a file, as captioned.Part is; a text in UTF-8."""
+    """A picture, or a text, or a list of texts that say the same; as places.Part is."""
 
     file: Parquet
     row: int
     column: str
 
-    def read(self) -> bytes:
+    def open(self) -> BinaryIO:
+        value = self._value()
+        return io.BytesIO(value['bytes'] if isinstance(value, dict) else value)
+
+    def texts(self) -> list[str]:
+        value = self._value()
+        return [value] if isinstance(value, str) else [text for text in value if text]
+
+    def _value(self) -> Any:
         value = self.file.cell(self.row, self.column)
-        if isinstance(value, dict):
-            value = value['bytes']
-        if value is None:
+        if value is None or (isinstance(value, dict) and value['bytes'] is None):
             raise InputError(f'{self.file.path}#{self.row} has no {self.column}')
-        return value.encode() if isinstance(value, str) else value
+        return value

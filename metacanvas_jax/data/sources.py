@@ -1,15 +1,16 @@
 """Where records come from: random access by index, endless or of a known length."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from metacanvas_jax.data import shapes_video
-from metacanvas_jax.data.captioned import CaptionedPictures, find_samples
-from metacanvas_jax.data.parquet import NAMES
+from metacanvas_jax.data.captioned import Captioned, Clips
+from metacanvas_jax.data.columns import NAMES
 from metacanvas_jax.data.records import Record, TextRecord
+from metacanvas_jax.data.samples import KINDS, find_samples
 from metacanvas_jax.data.shapes import LENGTH, Edit, Picture, ShapeEdits, Shapes, render
 from metacanvas_jax.data.shapes_text import READ, SEE, ShapeTexts, layout
 from metacanvas_jax.data.shapes_video import CLIPS, Clip, Motion, ShapeClips, render_clip
@@ -80,19 +81,38 @@ def _dialogues(data, *kinds: str) -> ShapeDialogues:
     return ShapeDialogues(ShapeTexts(data.seed, kinds), data.size)
 
 
-def _captioned(data) -> CaptionedPictures:
-    if data.get('path') is None:
-        raise InputError(
-            'config.data.path is missing; give a folder of tars, of parquet or of dataset.jsonl'
+def _captioned(data) -> dict[str, Captioned]:
+    """Those that config.data.tasks asks for."""
+    columns, paths = data.get('columns') or {}, data.get('paths') or {}
+    _check_names('columns', columns, NAMES)
+    _check_names('paths', paths, [kind.name for kind in KINDS])
+    sources = {}
+    for kind in KINDS:
+        if not set(kind.tasks) & set(data.tasks):
+            continue
+        path = paths.get(kind.name) or data.get('path')
+        if path is None:
+            raise InputError(
+                f'config.data.path is missing, or config.data.paths.{kind.name}; give a folder '
+                'of tars, of parquet or of dataset.jsonl'
+            )
+        height, width = (data.height, data.width) if 'height' in data else (data.size, data.size)
+        source = Captioned(
+            find_samples(path, columns, kind),
+            height=height,
+            width=width,
+            seed=data.seed,
+            kind=kind,
+            clips=Clips(data.frames, data.fps, data.short_clips) if kind.video else None,
+            references=data.references if kind.references else 0,
         )
-    columns = data.get('columns') or {}
-    if unknown := set(columns) - set(NAMES):
-        raise InputError(
-            f'config.data.columns has {sorted(unknown)[0]!r}; it takes {", ".join(NAMES)}'
-        )
-    samples = find_samples(data.path, columns)
-    height, width = (data.height, data.width) if 'height' in data else (data.size, data.size)
-    return CaptionedPictures(samples, height=height, width=width, seed=data.seed)
+        sources |= dict.fromkeys(kind.tasks, source)
+    return sources
+
+
+def _check_names(key: str, given: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(given) - set(known)):
+        raise InputError(f'config.data.{key} has {unknown[0]!r}; it takes {", ".join(known)}')
 
 
 def _pictures(source) -> dict:
@@ -102,7 +122,7 @@ def _pictures(source) -> dict:
 
 # config.data.source -> {task: source}
 SOURCES = {
-    'captioned': lambda data: _pictures(_captioned(data)),
+    'captioned': _captioned,
     'shapes': lambda data: {
         **_pictures(Drawn(Shapes(data.seed, 'train'), picture_record, data)),
         'edit': Drawn(ShapeEdits(data.seed, 'train'), edit_record, data),

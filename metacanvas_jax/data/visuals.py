@@ -58,13 +58,16 @@ class Bucket:
     latent_frames: int  # that the VAE makes of them
     references: int  # slots
     short_clips: str
+    as_given: bool = False  # a batch's pictures are of one size, which need not be this
 
     def cut(self, frames_FHWC: np.ndarray, frames: int) -> np.ndarray:
         """The first ones, at this size."""
         if len(frames_FHWC) < frames:
             frames_FHWC = SHORT_CLIPS[self.short_clips](frames_FHWC, frames)
-        shown = (opaque(frame) for frame in frames_FHWC[:frames])
-        return np.stack([cover(frame, self.height, self.width) for frame in shown])
+        shown = [opaque(frame) for frame in frames_FHWC[:frames]]
+        if not self.as_given:
+            shown = [cover(frame, self.height, self.width) for frame in shown]
+        return np.stack(shown)
 
     def fit(self, record: Record, frames: int) -> Record:
         """As the MLLM and the DiT shall both see it. The first frame is the target's own, or given
