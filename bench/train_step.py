@@ -35,6 +35,7 @@ from bench.as_on_gpu import as_on_gpu
 from bench.record import record
 from bench.systems import full_size, make_batch
 from metacanvas_jax.build import DTYPES, build_model
+from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.sharding import BATCH_AXES, MESH_AXES
 from metacanvas_jax.train.objective import OBJECTIVES
 from metacanvas_jax.train.optim import OptimizerConfig, make_optimizer
@@ -120,17 +121,17 @@ def programs(config: ConfigDict, batch: Batch, mesh: Mesh) -> dict[str, Program]
     forward = jax.jit(lambda *args: nnx.merge(graphdef, *args[:2]).velocity(*args[2:]))
     half = lambda a: jax.ShapeDtypeStruct(a.shape, DTYPES[config.dtype], sharding=a.sharding)
     drawn = jax.tree.map(half, trainable), frozen
-    inputs = jax.eval_shape(functools.partial(solver_inputs, graphdef), *drawn, batch)
+    inputs = jax.eval_shape(solver_inputs, nnx.merge(graphdef, *drawn), batch)
     return {
         'train': Program(step, train, mesh, stacks),
         'forward': Program(forward, (*drawn, *split_over(inputs, mesh)), mesh, stacks),
     }
 
 
-def solver_inputs(graphdef, trainable, frozen, batch: Batch) -> tuple:
+def solver_inputs(model: MetaCanvas, batch: Batch) -> tuple:
     """What a step of the solver takes: latents, times, plan, and what is given beside them."""
-    model = nnx.merge(graphdef, trainable, frozen)
-    z = model.encode(batch.pixels_BFHWC)
+    z = batch.latents_BTHWC
+    z = model.encode(batch.pixels_BFHWC) if z is None else z
     ones, visual = jnp.ones(z.shape[:2]), model.look(batch.visual)
     visual = dataclasses.replace(visual, guidance_B=ones[:, 0])
     return z, ones, model.plan(batch.texts, z.shape[1:4]), visual
