@@ -7,11 +7,8 @@ canvas (P7b of the targets). Their attention is cuDNN's and flash attention; bot
 better one counts (P1 to P3). FLOPs are the closed forms, beside the ceiling of a matmul here.
 """
 
-import argparse
 import dataclasses
 import functools
-import os
-import pathlib
 from typing import Any
 
 import jax
@@ -20,13 +17,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from bench import side_by_side as bench
-from bench.record import record
-from bench.systems import full_size, make_batch, tiny
+from bench import systems
 from bench.train_step import solver_inputs
 from metacanvas_jax.build import DTYPES, build_model, part_sizes
 from metacanvas_jax.train.trainable import Path
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +42,17 @@ CASES = {
 }
 
 
-def configure(case: Case, *, small: bool) -> ConfigDict:
+def configure(case: Case, *, tiny: bool) -> ConfigDict:
     """The base model as published, with a canvas."""
-    if small:
-        config = tiny(case.system)
+    if tiny:
+        config = systems.tiny(case.system)
     else:
-        config = full_size(case.system)
+        config = systems.full_size(case.system)
         config.prompt.buckets = (case.tokens,)
         if case.size is not None:
             config.data.size = case.size
     if case.system == 'wan_stage3':  # not widened yet, and with its text embedder
-        sizes = config.backbone if small else config.backbone.changes
+        sizes = config.backbone if tiny else config.backbone.changes
         sizes.update(in_channels=sizes.get('out_channels', 48), text_embedder='mlp')
     return config
 
@@ -68,7 +62,7 @@ def ours(config: ConfigDict, case: Case) -> tuple[dict[str, Any], tuple[int, ...
     half = lambda a: jax.ShapeDtypeStruct(a.shape, DTYPES[config.dtype])
     model = jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))
     model = jax.tree.map(half, model)
-    inputs = jax.eval_shape(solver_inputs, model, make_batch(config, case.task, case.batch))
+    inputs = jax.eval_shape(solver_inputs, model, systems.make_batch(config, case.task, case.batch))
     z, t, plan, visual = inputs
     graphdef, *parts = nnx.split(model, Path('backbone/.*'), Path('canvas/fusion/.*'), ...)
     backbone, absent_fusion, absent = parts
@@ -99,11 +93,11 @@ def ours(config: ConfigDict, case: Case) -> tuple[dict[str, Any], tuple[int, ...
     return runs, *shapes
 
 
-def measured(name: str, *, small: bool, repeats: int) -> dict[str, Any]:
+def measured(name: str, *, tiny: bool, repeats: int) -> dict[str, Any]:
     case = CASES[name]
-    config = configure(case, small=small)
+    config = configure(case, tiny=tiny)
     runs, latents, plan = ours(config, case)
-    where, why = bench.torch_device(tiny=small)
+    where, why = bench.torch_device(tiny=tiny)
     if where is not None:
         from bench import peers
 
@@ -114,38 +108,21 @@ def measured(name: str, *, small: bool, repeats: int) -> dict[str, Any]:
         )
         runs |= peers.forwards(peers.build(sizes.to_json(), where), inputs, where)
     seconds = bench.measure(runs, repeats)
-    found: dict[str, Any] = {
+    return {
         'latents': list(latents),
         'context': list(plan.context_BLD.shape),
         'peers': why,
         'seconds': seconds,
         'ratios': bench.ratios(seconds) | bench.ratios(seconds, 'ours with canvas'),
         'our_gigabytes': bench.most_bytes(),
+        **bench.speed(case.tflop, seconds['ours'], tiny=tiny),
     }
-    if not small and isinstance(seconds['ours'], dict):
-        found['tflop_per_s'] = round(case.tflop / seconds['ours']['median_s'], 1)
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('cases', nargs='+', choices=CASES)
-    parser.add_argument('--tiny', action='store_true')
-    parser.add_argument('--repeats', type=int, default=20)
-    parser.add_argument('--output', default=str(ROOT / 'bench/results/gpu_forward.json'))
-    args = parser.parse_args()
-    load = os.getloadavg()[0]
-    result: dict[str, Any] = {
-        'what': 'one DiT forward, bf16, random weights, ours and theirs by turns',
-        'tiny': args.tiny,
-        'device': bench.device(tiny=args.tiny),
-        'matmul_tflop_per_s': round(bench.matmul_ceiling(tiny=args.tiny), 1),
-        'cases': {},
-    }
-    for name in args.cases:
-        result['cases'][name] = measured(name, small=args.tiny, repeats=args.repeats)
-        record(args.output, result, load=load, packages=bench.PACKAGES)
 
 
 if __name__ == '__main__':
-    main()
+    bench.run_cases(
+        'gpu_forward',
+        'one DiT forward, bf16, random weights, ours and theirs by turns',
+        [*CASES],
+        measured,
+    )

@@ -103,7 +103,7 @@ def forwards(model, inputs: dict[str, torch.Tensor], device: str) -> dict[str, C
     return {f'diffusers {name}': call for name, call in runs.items()}
 
 
-def decoder(sizes: dict[str, Any], latents: tuple[int, ...], device: str, *, encode: bool):
+def autoencoder(sizes: dict[str, Any], latents: tuple[int, ...], device: str, *, encode: bool):
     """One run of an autoencoder, in its better layout; `latents` are (B, T, H, W, C)."""
     model = build(sizes, device)
     B, T, H, W, C = latents
@@ -123,6 +123,19 @@ def decoder(sizes: dict[str, Any], latents: tuple[int, ...], device: str, *, enc
     def call() -> None:
         with torch.inference_mode():
             method(x, return_dict=False)
+        synchronize(device)
+
+    return call
+
+
+def conv3d(x: tuple[int, ...], kernel: tuple[int, ...], device: str):
+    """Of shapes (C, F, H, W) and (D, C, 3, 3, 3), as AutoencoderKLWan runs it."""
+    with _made_as(device, torch.bfloat16):
+        arrays = torch.randn(1, *x), torch.randn(kernel)
+
+    def call() -> None:
+        with torch.inference_mode():
+            torch.nn.functional.conv3d(*arrays, padding=(0, 1, 1))
         synchronize(device)
 
     return call

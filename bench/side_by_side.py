@@ -1,18 +1,55 @@
 """What benches on a GPU share: ours and theirs by turns in one process, and what the GPU can do."""
 
+import argparse
 import importlib.util
 import os
+import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bench.record import record
+
+RESULTS = pathlib.Path(__file__).parent / 'results'
 PACKAGES = ('jax', 'flax', 'torch', 'diffusers', 'transformers')
 Runs = Mapping[str, Callable[[], Any]]
+
+
+def run_cases(
+    name: str, what: str, cases: Sequence[str], measured: Callable[..., dict[str, Any]]
+) -> None:
+    """The command line of a bench: `measured(case, tiny=, repeats=)` of each case that it names.
+
+    Written after every case: what is cut short leaves what it has.
+    """
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument('cases', nargs='+', choices=cases)
+    parser.add_argument('--tiny', action='store_true', help='in small, also on a CPU')
+    parser.add_argument('--repeats', type=int, default=10)
+    parser.add_argument('--output', default=str(RESULTS / f'{name}.json'))
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    result: dict[str, Any] = {
+        'what': what,
+        'tiny': args.tiny,
+        'device': device(tiny=args.tiny),
+        'matmul_tflop_per_s': round(matmul_ceiling(tiny=args.tiny), 1),
+        'cases': {},
+    }
+    for case in args.cases:
+        result['cases'][case] = measured(case, tiny=args.tiny, repeats=args.repeats)
+        record(args.output, result, load=load, packages=PACKAGES)
+
+
+def speed(tflop: float, seconds: Any, *, tiny: bool) -> dict[str, float]:
+    """Of the full size only."""
+    ran = isinstance(seconds, dict) and not tiny
+    return {'tflop_per_s': round(tflop / seconds['median_s'], 1)} if ran else {}
 
 
 def device(*, tiny: bool) -> str:
