@@ -1,6 +1,7 @@
 """What benches on a GPU share: ours and theirs by turns in one process, and what the GPU can do."""
 
 import argparse
+import functools
 import importlib.util
 import os
 import pathlib
@@ -120,18 +121,16 @@ def matmul_ceiling(*, tiny: bool) -> float:
 def drawn(tree, scale: float = 1.0):
     """Random numbers in the place of shapes: a GPU takes longer over these than over zeros."""
     leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
+    arrays = [_draw(key, a.shape, a.dtype, scale) for key, a in zip(keys, leaves, strict=False)]
+    return jax.block_until_ready(jax.tree.unflatten(structure, arrays))
 
-    @jax.jit
-    def draw(key):
-        keys = jax.random.split(key, len(leaves))
-        return [
-            scale * jax.random.normal(key, leaf.shape, leaf.dtype)
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-            else jnp.zeros(leaf.shape, leaf.dtype)
-            for key, leaf in zip(keys, leaves, strict=True)
-        ]
 
-    return jax.block_until_ready(jax.tree.unflatten(structure, draw(jax.random.key(0))))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one program for all of a shape
+def _draw(key, shape: tuple[int, ...], dtype, scale: float) -> jax.Array:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.zeros(shape, dtype)
+    return scale * jax.random.normal(key, shape, dtype)
 
 
 def most_bytes() -> float | None:
