@@ -16,10 +16,18 @@ def record(output: str, result: Mapping[str, Any], *, load: float, packages: Seq
         'cores': os.cpu_count(),
         'load_before': round(load, 2),
         'python': platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **{name: version(name) for name in packages},
     }
     text = json.dumps({**result, 'machine': machine, 'date': time.strftime('%Y-%m-%d')}, indent=2)
     path = pathlib.Path(output)
     (part := path.with_suffix('.part')).write_text(text + '\n')
     part.replace(path)
     print(text)
+
+
+def version(name: str) -> str | None:
+    """None: not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

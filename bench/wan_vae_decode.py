@@ -1,11 +1,10 @@
-"""The Wan2.2 VAE's decoder: its memory at full size, its time beside diffusers' on one CPU thread.
+"""Time of the Wan2.2 VAE's decoder beside diffusers', on one CPU thread, in one run.
 
     python -m bench.wan_vae_decode [--divide=4] [--latents=3] [--side=6] [--repeats=5] [--core=1]
         [--output=FILE.json]
 
-Memory is what XLA plans for 704 x 1280 pixels in bf16 beyond parameters and pixels, at 33 and at
-121 frames; nothing is allocated. Time is that of the published sizes with 1/divide of the channels,
-random weights in fp32 converted from diffusers' own file, so both make the same video of a square.
+The published sizes with 1/divide of the channels, random weights in fp32 converted from diffusers'
+own file, so both make the same video of a square. Its memory is in bench/vae_memory.py.
 Runs alternate; the least time of each counts. CPU seconds are compared, which other processes on
 the core disturb less than wall seconds.
 """
@@ -23,27 +22,6 @@ from bench.record import record
 ROOT = pathlib.Path(__file__).parents[1]
 MANIFEST = ROOT / 'tests/manifests/wan2_2_vae.json'
 PACKAGES = ('jax', 'jaxlib', 'torch', 'diffusers')
-FRAMES = (33, 121)
-
-
-def planned_memory() -> dict[str, Any]:
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from metacanvas_jax.vae.wan_vae import WanVae
-    from metacanvas_jax.vae.wan_vae_config import PUBLISHED
-
-    vae = jax.eval_shape(lambda: WanVae(PUBLISHED, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), vae)
-    decode = jax.jit(lambda vae, z: vae.decode(z))
-    found = {}
-    for frames in FRAMES:
-        z = jax.ShapeDtypeStruct((1, (frames + 3) // 4, 44, 80, vae.channels), jnp.float32)
-        analysis: Any = decode.lower(half, z).compile().memory_analysis()
-        found[str(frames)] = round(analysis.temp_size_in_bytes / 1e9, 3)
-    few, many = found.values()
-    return {'temporary_gb': found, 'more_frames_over_few': round(many / few, 3), 'allowed': 1.15}
 
 
 def main() -> None:
@@ -99,7 +77,6 @@ def main() -> None:
         'ours_over_diffusers': round(ratio, 3),
         'allowed': 1.2,
         'repeats': args.repeats,
-        'memory at 704 x 1280 in bf16': planned_memory(),
     }
     record(args.output, result, load=load, packages=PACKAGES)
 

@@ -42,8 +42,8 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kernel = xavier(rngs.params(), (size, size, d_in, d_out))
-        self.kernel = nnx.Param(kernel, axes=(None, None, 'channels', 'embed'))
-        self.bias = nnx.Param(jnp.zeros(d_out), axes=('embed',)) if bias else None
+        self.kernel = nnx.Param(kernel, axes=(None, None, 'channels', 'channels'))
+        self.bias = nnx.Param(jnp.zeros(d_out), axes=('channels',)) if bias else None
         self.stride, self.pad = stride, pad or (size // 2, size // 2)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -57,8 +57,8 @@ class HalvingConv(nnx.Module):
 
     def __init__(self, d_in: int, d_out: int, *, rngs: nnx.Rngs):
         kernel = xavier(rngs.params(), (3, 3, d_in, d_out))
-        self.kernel = nnx.Param(kernel, axes=(None, None, 'channels', 'embed'))
-        self.bias = nnx.Param(jnp.zeros(d_out), axes=('embed',))
+        self.kernel = nnx.Param(kernel, axes=(None, None, 'channels', 'channels'))
+        self.bias = nnx.Param(jnp.zeros(d_out), axes=('channels',))
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         y = convolve(x_BHWC, self.kernel[...], stride=2, padding=[(0, 1), (0, 1)])
@@ -77,8 +77,8 @@ class CausalConv(nnx.Module):
 
     def __init__(self, d_in: int, d_out: int, *, size: int, step: int = 1, rngs: nnx.Rngs):
         kernel = xavier(rngs.params(), (3, size, size, d_in, d_out))
-        self.kernel = nnx.Param(kernel, axes=(None, None, None, 'channels', 'embed'))
-        self.bias = nnx.Param(jnp.zeros(d_out), axes=('embed',))
+        self.kernel = nnx.Param(kernel, axes=(None, None, None, 'channels', 'channels'))
+        self.bias = nnx.Param(jnp.zeros(d_out), axes=('channels',))
         self.step = step
 
     def __call__(self, x_BFHWC: jax.Array) -> jax.Array:

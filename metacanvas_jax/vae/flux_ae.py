@@ -33,7 +33,7 @@ class ResnetBlock(nnx.Module):
         self.norm2 = GroupNorm(d_out, groups, EPS)
         self.conv2 = Conv(d_out, d_out, size=3, stride=1, bias=True, rngs=rngs)
         self.conv_shortcut = (
-            Linear(d_in, d_out, ('channels', 'embed'), rngs=rngs) if d_in != d_out else None
+            Linear(d_in, d_out, ('channels', 'channels'), rngs=rngs) if d_in != d_out else None
         )
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
@@ -48,10 +48,10 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, groups: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(width, groups, EPS)
-        self.to_q = Linear(width, width, ('embed', 'heads'), rngs=rngs)
-        self.to_k = Linear(width, width, ('embed', 'heads'), rngs=rngs)
-        self.to_v = Linear(width, width, ('embed', 'heads'), rngs=rngs)
-        self.to_out = Linear(width, width, ('heads', 'embed'), rngs=rngs)
+        self.to_q = Linear(width, width, ('channels', 'channels'), rngs=rngs)
+        self.to_k = Linear(width, width, ('channels', 'channels'), rngs=rngs)
+        self.to_v = Linear(width, width, ('channels', 'channels'), rngs=rngs)
+        self.to_out = Linear(width, width, ('channels', 'channels'), rngs=rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         y = rearrange(self.group_norm(x_BHWC), 'B H W C -> B (H W) 1 C')

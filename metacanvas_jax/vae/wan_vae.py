@@ -33,7 +33,7 @@ class ResBlock(nnx.Module):
         self.norm2 = LengthNorm(d_out)
         self.conv2 = CausalConv(d_out, d_out, size=3, rngs=rngs)
         self.conv_shortcut = (
-            Linear(d_in, d_out, ('channels', 'embed'), rngs=rngs) if d_in != d_out else None
+            Linear(d_in, d_out, ('channels', 'channels'), rngs=rngs) if d_in != d_out else None
         )
 
     def __call__(self, x_BFHWC: jax.Array, past: Past) -> jax.Array:
@@ -59,8 +59,8 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.norm = LengthNorm(width)
-        self.to_qkv = Linear(width, 3 * width, ('embed', 'heads'), rngs=rngs)
-        self.proj = Linear(width, width, ('heads', 'embed'), rngs=rngs)
+        self.to_qkv = Linear(width, 3 * width, ('channels', 'channels'), rngs=rngs)
+        self.proj = Linear(width, width, ('channels', 'channels'), rngs=rngs)
 
     def __call__(self, x_BFHWC: jax.Array) -> jax.Array:
         B, _, H, _, _ = x_BFHWC.shape
