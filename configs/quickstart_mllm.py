@@ -5,12 +5,15 @@
         --config.weights.mllm=runs/words/weights
     python train.py --config configs/quickstart_mllm.py:answers --workdir runs/answers \\
         --config.weights.mllm=runs/eyes/weights
+    python train.py --config configs/quickstart_mllm.py:relations --workdir runs/relations \\
+        --config.weights.mllm=runs/answers/weights
 
 Captions to plans of pictures, questions about layouts and edits of them, in words; then the same of
-pictures; then mostly questions. It reads of all pairs of colours and shapes, as a large MLLM has,
-and sees those of the train split. The weights that ship as metacanvas_jax/assets/tiny_qwen are what
-the third command wrote to WORKDIR/weights; a quarter of an hour each on two CPU cores. (The first
-two were run at be3c584, where answers did not yet repeat their questions.)
+pictures; then mostly questions; then those that it still mistakes. It reads of all pairs of colours
+and shapes, as a large MLLM has, and sees those of the train split. The weights that ship as
+metacanvas_jax/assets/tiny_qwen are what the last command wrote to WORKDIR/weights; about 20 minutes
+each on two CPU cores. (The first two were run at be3c584, where answers did not yet repeat their
+questions.)
 """
 
 from ml_collections import ConfigDict
