@@ -132,7 +132,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config = ConfigDict()
     config.objective = 'flow'
     config.seed = 0
-    config.steps = 2000
+    config.steps = 1600
     config.batch_size = 32
     config.accumulate = 1
     config.dtype = 'float32'
@@ -199,7 +199,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         lr=2e-3,
         warmup_lr=1e-5,
         warmup_steps=50,
-        cooldown_steps=1000,
+        cooldown_steps=800,
         b1=0.9,
         b2=0.99,
         eps=1e-8,
@@ -210,7 +210,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.checkpoint = dict(every=250, keep=2, keep_every=None)
     config.log = dict(every=25, tensorboard=False)
     config.sample = dict(
-        every=1000,
+        every=800,
         count=12,
         prompts=(),
         solver='euler',
