@@ -119,7 +119,7 @@ def pipe():
     config.evaluate.batch_size = 4
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, 'tiny', small)
-        model = tiny.randomised(lambda _: build_model(config, jax.random.key(0)))
+        model = tiny.randomised(lambda _: build_model(config, jax.random.key(0)), zero=())
         yield Pipeline(config, *nnx.split(model), tiny.one_device())
 
 
