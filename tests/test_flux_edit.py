@@ -89,7 +89,7 @@ def small() -> ConfigDict:
     config.mllm.update(size='tiny', remat='full')
     config.mllm.lora.update(rank=2, alpha=2.0)
     config.prompt.update(tokenizer='tiny_qwen', buckets=(64,), max_text=16)
-    config.prompt.update(windows=(1,), min_pixels=32 * 32, max_pixels=32 * 32)
+    config.prompt.update(windows=(2,), min_pixels=32 * 32, max_pixels=32 * 32)
     config.pooled_encoder = dict(kind='stored', width=20)
     config.context.hidden = 32
     config.canvas.update(grid=(2, 2), head_dim=32)

@@ -435,7 +435,7 @@ def test_broken_ones_are_replaced_by_such_of_their_size(tmp_path, nearest):
         ({'a.csv': 'video\n'}, 't2v', r'no column of texts for .*caption; its columns are: video'),
         ({'a.csv': '', 'b.csv': ''}, 't2v', 'holds a.csv and b.csv; give one of them'),
         ({'a.csv': '', 'metadata/b.json': ''}, 't2v', 'a.csv has no column of'),
-        ({'a.parquet': '', 'b.csv': ''}, 't2v', r'holds 1 \.csv and 1 \.parquet files'),
+        ({'a.tar': '', 'b.csv': ''}, 't2v', r'a\.tar is no tar'),  # a csv may be about tars
         ({'metadata/a.json': '[{"input": "a"}]'}, 'edit', "a.json: want .*KeyError\\('output'\\)"),
         ({'metadata/a.json': '{'}, 'edit', 'a.json: want a list of objects with input, output'),
         ({'metadata/a.json': '[]', 'a.csv': ''}, 'edit', 'a.csv has no column of'),

@@ -105,18 +105,22 @@ def _form(path: pathlib.Path, kind: Kind) -> tuple[str, list[pathlib.Path]]:
     elif (path / MANIFEST).is_file():
         forms = {'jsonl': [path / MANIFEST]}
     else:
-        forms = {form: sorted(path.rglob(f'*.{form}')) for form in ('csv', 'tar', 'parquet')}
-        forms = {form: files for form, files in forms.items() if files}
+        forms = _below(path, 'tar', 'parquet') or _below(path, 'csv')
     if 'source' in kind.roles and not forms.keys() - {'tar'}:
         told = sorted(path.rglob('metadata/*.json')) if path.is_dir() else []
-        if tars := forms.pop('tar', []) + told:
-            forms['json'] = tars
+        if files := forms.pop('tar', []) + told:
+            forms['json'] = files
     if not forms:
         raise InputError(f'{path} holds neither {MANIFEST} nor .csv, .tar or .parquet files')
     if len(forms) > 1:
         found = ' and '.join(f'{len(files)} .{form}' for form, files in forms.items())
         raise InputError(f'{path} holds {found} files; give a folder of one kind')
     return next(iter(forms.items()))
+
+
+def _below(folder: pathlib.Path, *forms: str) -> dict[str, list[pathlib.Path]]:
+    found = {form: sorted(folder.rglob(f'*.{form}')) for form in forms}
+    return {form: files for form, files in found.items() if files}
 
 
 # ------------------------------------------------------------ tar
