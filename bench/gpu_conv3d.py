@@ -88,7 +88,7 @@ def measured(name: str, *, tiny: bool, repeats: int) -> dict[str, Any]:
     if where is not None:
         from bench import peers
 
-        runs['torch conv3d'] = peers.conv3d(*(tuple(a.shape) for a in volumes), where)
+        runs['torch conv3d'] = peers.conv3d(volumes[0].shape, volumes[1].shape, where)
     seconds = bench.measure(runs, repeats)
     tflop = 2e-12 * results[0].size * 27 * case.d_in
     return {

@@ -132,9 +132,10 @@ def solver_inputs(model: MetaCanvas, batch: Batch) -> tuple:
     """What a step of the solver takes: latents, times, plan, and what is given beside them."""
     z = batch.latents_BTHWC
     z = model.encode(batch.pixels_BFHWC) if z is None else z
-    ones, visual = jnp.ones(z.shape[:2]), model.look(batch.visual)
+    B, T, H, W, _ = z.shape
+    ones, visual = jnp.ones((B, T)), model.look(batch.visual)
     visual = dataclasses.replace(visual, guidance_B=ones[:, 0])
-    return z, ones, model.plan(batch.texts, z.shape[1:4]), visual
+    return z, ones, model.plan(batch.texts, (T, H, W)), visual
 
 
 # ------------------------------------------------------------ what is read off it

@@ -45,7 +45,8 @@ def compiled(frames: int, size: tuple[int, int], *, divide: int, dtype):
 def planned(size: tuple[int, int], **settings: Any) -> list[float]:
     """Gigabytes for few and for many frames."""
     programs = (compiled(frames, size, **settings)[0] for frames in FRAMES)
-    return [p.memory_analysis().temp_size_in_bytes / 1e9 for p in programs]
+    plans: list[Any] = [program.memory_analysis() for program in programs]
+    return [plan.temp_size_in_bytes / 1e9 for plan in plans]
 
 
 def decode(frames: int, side: int, divide: int) -> dict[str, float]:

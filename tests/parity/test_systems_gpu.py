@@ -23,6 +23,7 @@ def test_velocity_in_bf16(name):
     """MLLM, connectors, canvas and DiT, at random weights; relative to the largest value."""
     config = tiny(name)
     batch = make_batch(config, TASKS[name].split(':')[1], 2)
+    assert batch.pixels_BFHWC is not None
     noise = np.random.default_rng(0).normal(size=batch.pixels_BFHWC.shape).astype(np.float32)
     batch = batch.replace(pixels_BFHWC=noise)
 
