@@ -263,8 +263,9 @@ def mapping(pipe: Pipeline, task: str | None) -> Draw:
     """Maps of the canvas in each latent frame."""
 
     def draw(records: list[Record], indices: range) -> np.ndarray:
-        settings = dict(indices=indices, seed=pipe.config.seed, task=task)
-        features_BThwD = pipe.canvas_features(records, **settings)
+        features_BThwD = pipe.canvas_features(
+            records, indices=indices, seed=pipe.config.seed, task=task
+        )
         maps = np.stack([[pca_map(frame) for frame in clip] for clip in features_BThwD])
         return (maps * 255).round().astype(np.uint8)
 

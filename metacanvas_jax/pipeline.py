@@ -321,6 +321,7 @@ class Pipeline:
         plan = model.plan(prompt, latents)
         patches = model.patchify(z, plan, visual)
         features = model.canvas.fusion.features(patches, plan.canvas, jnp.full(z.shape[:2], t))
+        assert features is not None, 'there is a canvas'
         return jnp.where(visual.clean_BT[:, :, None, None, None] > 0, 0, features)
 
     # ------------------------------------------------------------ inputs

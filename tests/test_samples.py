@@ -245,6 +245,7 @@ def test_videos(tmp_path, write, videos, capsys):
     found = captioned(folder, 't2v')
     starts, first = set(), records(found)
     for record in first:
+        assert record.pixels is not None
         assert record.pixels.shape == (5, 30, 40, 3)
         starts.add(begins(record.pixels, int(record.text.removeprefix('video '))))
     assert {record.text for record in first} == {f'video {i}' for i in range(COUNT)}
@@ -283,6 +284,7 @@ def test_broken_videos(tmp_path, videos, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 4
     hold = captioned(tmp_path / 'data', 't2v', dataclasses.replace(CLIPS, short_clips='hold'))
     held = next(record for record in records(hold) if record.text == 'video 4')
+    assert held.pixels is not None
     np.testing.assert_array_equal(held.pixels[4], held.pixels[3])
     assert begins(held.pixels[:4], 4) == 0
 
@@ -414,7 +416,7 @@ def test_broken_ones_are_replaced_by_such_of_their_size(tmp_path, nearest):
     }
     assert len(source.broken) == 4
     for start in range(0, len(found), 4):
-        assert len({r.pixels.shape for r in found[start : start + 4]}) == 1
+        assert len({np.shape(r.pixels) for r in found[start : start + 4]}) == 1
     videos = captioned(tars(tmp_path / 'videos', [b'']), 't2v')
     with pytest.raises(InputError, match=r'config\.data\.sizes is for pictures, not for t2v'):
         videos.group(4, nearest)

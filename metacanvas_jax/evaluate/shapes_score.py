@@ -67,7 +67,7 @@ def examine(
 
 def in_batches(draw: Draw, records: Sequence[Record], batch: int) -> np.ndarray:
     """One program does for all: the last records are filled up, and what is too much left out."""
-    filled = [*records, *records[-1:] * (-len(records) % batch)]
+    filled = [*records, *[records[-1]] * (-len(records) % batch)]
     starts = range(0, len(filled), batch)
     drawn = [draw(filled[at : at + batch], range(at, at + batch)) for at in starts]
     return np.concatenate(drawn)[: len(records)]
