@@ -199,7 +199,7 @@ def _video(
     file.seek(0)
     _check_start(file.read(_START), name)
     file.seek(0)
-    with av.open(file) as container:
+    with av.open(file, 'r') as container:
         if not container.streams.video:
             raise InputError(f'{name} holds no video')
         stream = container.streams.video[0]
