@@ -116,14 +116,14 @@ def pipe():
     config.mllm.remat = config.backbone.remat = 'none'
     config.backbone.update(num_attention_heads=1, num_layers=1, ffn_dim=32)
     config.sample.steps = 2
-    config.evaluate.batch_size = 4
+    config.evaluate.update(per_category=1, batch_size=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, 'tiny', small)
         model = tiny.randomised(lambda _: build_model(config, jax.random.key(0)), zero=())
         yield Pipeline(config, *nnx.split(model), tiny.one_device())
 
 
-def test_sheets_of_clips(pipe, tmp_path, monkeypatch):
+def test_sheets_of_clips(pipe, tmp_path, monkeypatch, quick_compiles):
     """Of a task that is given the first frame: that of each clip is exactly the given one."""
     task = 'i2v'
     with script('train') as train:
@@ -133,12 +133,18 @@ def test_sheets_of_clips(pipe, tmp_path, monkeypatch):
         (told,) = train.to_draw(pipe.config).values()
         drawn = train.drawing(pipe, task)(told[:4], range(4))
         maps = train.mapping(pipe, task)(told[:4], range(4))
+        scores = train.score(pipe)
     folder = tmp_path / 'samples/step_7'
     assert {path.name for path in folder.iterdir()} == {'grid.png', 'grid.mp4', 'canvas.png'}
     with av.open(str(folder / 'grid.mp4')) as video:
         assert len([*video.decode(video=0)]) == pipe.config.data.frames
     assert drawn.shape == (4, 9, 32, 32, 3)
     np.testing.assert_array_equal(drawn[:, 0], [record.first for record in told[:4]])
+    assert scores.keys() == set(SPLITS)
+    for found in scores.values():  # the given frame stays in its place, whatever comes after
+        assert (found['first_frame'], found['first']) == (0, 1)
+    # All of that with one solver.
+    assert pipe._solve._cache_size() == 1
     assert maps.shape == (4, 3, 8, 8, 3)
     # The canvas leaves the first frame as it is.
     assert maps.any((2, 3, 4)).tolist() == [[False, True, True]] * 4
