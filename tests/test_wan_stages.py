@@ -73,7 +73,7 @@ def config_of(stage: int, **changes):
     config.mllm.size = 'nano'
     if 'canvas' in config:
         config.canvas.head_dim = 24
-    config.data.update(source='clips', tasks=SHARES[stage])
+    config.data.source, config.data.tasks = 'clips', SHARES[stage]
     config.update(changes)
     return config
 
