@@ -1,4 +1,7 @@
-"""Eight CPU devices, no network, a compile cache; `-m gpu` opens the GPU instead."""
+"""Eight CPU devices, no network, a compile cache; `-m gpu` opens the GPU instead.
+
+Most of the time goes into compiling programs that run once, so they are not optimized on a CPU.
+"""
 
 import getpass
 import importlib.metadata
@@ -9,8 +12,6 @@ import tempfile
 import pytest
 
 _DEVICES = '--xla_force_host_platform_device_count=8'
-# Most of the time goes into compiling programs that run once.
-_QUICK = '--xla_llvm_disable_expensive_passes=true'
 _VERSIONS = '-'.join(importlib.metadata.version(name) for name in ('jax', 'jaxlib'))
 
 
@@ -23,26 +24,17 @@ def _cache() -> pathlib.Path:
 
 # Before anything imports jax.
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES} {_QUICK}'.strip()
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'.strip()
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_cache()))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
-
-
-@pytest.fixture
-def quick_compiles():
-    """For programs of which speed is not at stake."""
-    import jax
-
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     words = config.option.markexpr.replace('not gpu', '').split()
     if 'gpu' not in words:
         os.environ['JAX_PLATFORMS'] = 'cpu'
+        os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

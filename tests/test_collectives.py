@@ -45,7 +45,6 @@ def step() -> Program:
     return found
 
 
-@pytest.mark.usefixtures('quick_compiles')
 def test_no_device_holds_all_layers(step):
     text = step.compile().as_text()
     found = collectives(text)
@@ -67,7 +66,6 @@ def test_a_gathered_stack_is_found(step, spec):
     assert not whole_stacks(step, gathers.compile().as_text())
 
 
-@pytest.mark.usefixtures('quick_compiles')
 def test_an_autoencoder_is_silent(step):
     """Each device encodes its own videos with the whole of it, which is small."""
     sizes = dict(base_dim=8, decoder_base_dim=8, num_res_blocks=1)

@@ -57,7 +57,7 @@ def config_of(tars: pathlib.Path, tokenizer: pathlib.Path, cache: pathlib.Path |
 
 
 @pytest.fixture
-def train(monkeypatch, quick_compiles):
+def train(monkeypatch):
     with script('train') as module:
         monkeypatch.setattr(module, 'make_mesh', lambda **_: tiny.one_device())
         yield module

@@ -124,7 +124,6 @@ def system():
     return config, model, batch
 
 
-@pytest.mark.usefixtures('quick_compiles')
 def test_a_canvas_touches_the_target_alone(system):
     """Bit by bit; and not even that before it is trained."""
     _, model, batch = system
@@ -150,7 +149,6 @@ def test_a_canvas_touches_the_target_alone(system):
     assert all(ours.tobytes() == theirs.tobytes() for ours, theirs in pairs)
 
 
-@pytest.mark.usefixtures('quick_compiles')
 def test_tiny_run(system, tmp_path, monkeypatch):
     """All that shall learn has moved by the fifth step, and nothing else by a bit by the tenth."""
     config, model, _ = system
@@ -186,7 +184,6 @@ def test_tiny_run(system, tmp_path, monkeypatch):
             assert moved == wanted
 
 
-@pytest.mark.usefixtures('quick_compiles')
 def test_what_the_loss_sees(system):
     """The context image, CLIP's vector, and the guidance, which is 1 in training."""
     config, model, batch = system

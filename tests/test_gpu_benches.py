@@ -14,7 +14,6 @@ def ran(found: dict[str, Any], peer: str | None = None) -> bool:
     return all(isinstance(seconds[name], dict) for name in seconds) and (peer or 'ours') in seconds
 
 
-@pytest.mark.usefixtures('quick_compiles')
 def test_forward():
     found = gpu_forward.measured('wan', tiny=True, repeats=1)
     assert ran(found, 'diffusers eager cpu')
@@ -22,7 +21,6 @@ def test_forward():
     assert found['latents'] == [1, 5, 4, 6, 12]
 
 
-@pytest.mark.usefixtures('quick_compiles')
 def test_convolution():
     """All ways make the same numbers, or it says so."""
     found = gpu_conv3d.measured('level_1', tiny=True, repeats=1)
@@ -31,21 +29,18 @@ def test_convolution():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('quick_compiles')
 @pytest.mark.parametrize('case', gpu_forward.CASES)
 def test_every_forward(case):
     assert ran(gpu_forward.measured(case, tiny=True, repeats=1), 'diffusers eager cpu')
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('quick_compiles')
 @pytest.mark.parametrize('case', gpu_vae.CASES)
 def test_every_autoencoder(case):
     assert ran(gpu_vae.measured(case, tiny=True, repeats=1), 'diffusers eager')
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('quick_compiles')
 @pytest.mark.parametrize('case', gpu_train_step.CASES)
 def test_every_train_step(case):
     assert ran(gpu_train_step.measured(case, tiny=True, repeats=1))

@@ -16,6 +16,15 @@ from metacanvas_jax.mllm.positions import canvas_positions
 from metacanvas_jax.mllm.qwen import Qwen
 from tests import tiny
 
+
+@pytest.fixture(scope='module', autouse=True)
+def optimized():
+    """As users run it: the bound of padding is one of rounding alone."""
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)
+
+
 H, W = 2, 3
 M = H * W
 LINEARS = [f'self_attn/{name}_proj' for name in 'qkvo']

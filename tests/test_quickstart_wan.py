@@ -123,7 +123,7 @@ def pipe():
         yield Pipeline(config, *nnx.split(model), tiny.one_device())
 
 
-def test_sheets_of_clips(pipe, tmp_path, monkeypatch, quick_compiles):
+def test_sheets_of_clips(pipe, tmp_path, monkeypatch):
     """Of a task that is given the first frame: that of each clip is exactly the given one."""
     task = 'i2v'
     with script('train') as train:

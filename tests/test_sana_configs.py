@@ -148,7 +148,7 @@ def shrink(config: ConfigDict, tokenizer: pathlib.Path) -> ConfigDict:
 
 
 @pytest.mark.parametrize('row', sorted(set(ROWS) - SAME), ids='-'.join)
-def test_tiny_run(row, tokenizer, quick_compiles):
+def test_tiny_run(row, tokenizer):
     """Plain velocity at the start, 20 steps, and by the fifth all that shall learn has moved."""
     config = shrink(config_of(row), tokenizer)
     model = jax.jit(functools.partial(build_model, config))(jax.random.key(1))

@@ -5,7 +5,6 @@ import pathlib
 import re
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -60,11 +59,9 @@ def train():
     nano = dataclasses.replace(PRESETS['tiny'], vision=vision, **sizes)
     patch.setitem(PRESETS, 'nano', nano)
     patch.setitem(SOURCES, 'clips', lambda data: dict.fromkeys(TASKS, tiny_wan.Clips()))
-    jax.config.update('jax_disable_most_optimizations', True)
     with script('train') as module:
         patch.setattr(module, 'make_mesh', lambda **_: tiny.one_device())
         yield module
-    jax.config.update('jax_disable_most_optimizations', False)
     patch.undo()
 
 

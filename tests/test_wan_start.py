@@ -57,7 +57,7 @@ def config_of(folder, **changes):
     return config
 
 
-def test_widened_input_and_new_canvas_change_nothing(published, quick_compiles):
+def test_widened_input_and_new_canvas_change_nothing(published):
     folder, arrays = published
     config = config_of(folder, in_channels=28)
     model = nnx.merge(*starting_model(config, tiny.one_device()))

@@ -68,7 +68,6 @@ def pipeline(tmp_path_factory) -> tuple[Any, list[str]]:
 
 
 @pytest.mark.parametrize('task', ['text', 'edit'])
-@pytest.mark.usefixtures('quick_compiles')
 def test_pictures_of_the_whole_pipeline(pipeline, tmp_path, run, task, monkeypatch):  # noqa: F811
     """28 Euler steps in fp32: of text, steered away from another one; of a picture and text."""
     # A sixteenth of the sides; tests/test_kontext_sizes.py has the true sizes.
