@@ -54,6 +54,7 @@ def flux(config: ConfigDict) -> None:
     config.pooled_encoder = dict(kind='stored', width=8)
     config.weights.pooled_encoder = 'random'
     config.prompt.buckets = (96, 128)
+    config.context.skip = 14  # what stands before the picture
     config.flow.embedded_guidance = 1.0
     config.data.tasks = dict(edit=1.0)
     config.optimizer.cooldown_steps = 700
