@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,6 +23,14 @@ from tests.test_shapes import places
 
 QUESTIONS = [ShapeTexts(1, ('question',), 'held_out')[i] for i in range(6)]
 QWEN = ('--config', 'configs/base.py:qwen', '--config.weights.mllm', 'tiny_qwen')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def optimized():
+    """It generates thousands of tokens."""
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.fixture(scope='module')

@@ -75,10 +75,12 @@ def two_processes(*args: str) -> None:
     assert not any(word in said[1][0] for word in ours), 'only process 0 speaks'
 
 
-MIXED = pytest.param(dict(data=2, fsdp=2), marks=pytest.mark.slow)
+OTHERS = [
+    pytest.param(mesh, marks=pytest.mark.slow) for mesh in (dict(data=4), dict(data=2, fsdp=2))
+]
 
 
-@pytest.mark.parametrize('mesh', [dict(data=4), MIXED, dict(fsdp=4)], ids=str)
+@pytest.mark.parametrize('mesh', [*OTHERS, dict(fsdp=4)], ids=str)
 def test_two_processes_train_as_one_device(tmp_path, tmp_path_factory, expected, mesh):
     """And from what four devices of two processes saved, one device goes on."""
     args = arguments(tmp_path_factory, tmp_path, mesh)

@@ -14,6 +14,7 @@ def ran(found: dict[str, Any], peer: str | None = None) -> bool:
     return all(isinstance(seconds[name], dict) for name in seconds) and (peer or 'ours') in seconds
 
 
+@pytest.mark.slow
 def test_forward():
     found = gpu_forward.measured('wan', tiny=True, repeats=1)
     assert ran(found, 'diffusers eager cpu')
@@ -21,6 +22,7 @@ def test_forward():
     assert found['latents'] == [1, 5, 4, 6, 12]
 
 
+@pytest.mark.slow
 def test_convolution():
     """All ways make the same numbers, or it says so."""
     found = gpu_conv3d.measured('level_1', tiny=True, repeats=1)
