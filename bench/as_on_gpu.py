@@ -60,8 +60,15 @@ fused.defvjp(_saved, _backward)
 
 
 @contextlib.contextmanager
+def on_gpu() -> Iterator[None]:
+    """What is traced inside is for GPUs, whether there is one or not."""
+    with mock.patch.object(jax, 'default_backend', return_value='gpu'):
+        yield
+
+
+@contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """For what is traced inside."""
+    """What is traced inside is for CPUs that do as GPUs would."""
     plain = jax.nn.dot_product_attention
 
     def attention(q, k, v, *, implementation=None, **options):
@@ -70,7 +77,7 @@ def as_on_gpu() -> Iterator[None]:
         return plain(q, k, v, implementation=implementation, **options)
 
     with (
-        mock.patch.object(jax, 'default_backend', return_value='gpu'),
+        on_gpu(),
         mock.patch.object(jax.nn, 'dot_product_attention', attention),
         # In a loop over images, devices would gather the images of all.
         mock.patch.object(conv, '_by_images', conv._correlate),

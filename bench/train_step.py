@@ -3,16 +3,15 @@
     python -m bench.train_step flux_edit wan_stage3:t2v ... [--devices 1 8] [--platform cuda]
         [--output=FILE.json]
 
-SYSTEM:TASK is a row of SYSTEMS. Devices are CPUs that are not there, in groups of eight over which
-parameters are split (FSDP); with --platform=cuda, beside a GPU, they are GPUs that are not there.
-Arguments are what any machine has. CPUs are given the program that GPUs would be (as_on_gpu.py);
-still their temporary bytes are an upper bound: they compute in fp32 what is bf16, gather it so too,
-fuse less, and reduce gradients whole before each device takes its part.
+SYSTEM:TASK is a row of SYSTEMS. Devices are not there: H200s with --platform=cuda, which wants the
+CUDA wheels (pip install -e '.[cuda13]') and no GPU, or CPUs; in groups of eight over which
+parameters are split (FSDP). CPUs are given the program that GPUs would be (as_on_gpu.py); still
+their temporary bytes are an upper bound: they compute in fp32 what is bf16, gather it so too, fuse
+less, and reduce gradients whole before each device takes its part.
 """
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import functools
 import os
@@ -31,7 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from bench.as_on_gpu import as_on_gpu
+from bench.as_on_gpu import as_on_gpu, on_gpu
 from bench.record import record
 from bench.systems import full_size, make_batch
 from metacanvas_jax.build import DTYPES, build_model
@@ -217,7 +216,10 @@ def devices_of(platform: str, count: int) -> Sequence[Any]:
         return jax.devices('cpu')[:count]
     machines, gpus = max(count // FSDP, 1), min(count, FSDP)
     topology = f'1x{machines}x{gpus}'  # groups of machines, machines, GPUs of each
-    return topologies.get_topology_desc('', platform, topology=topology).devices
+    h200 = (ROOT / 'bench/h200.textproto').read_text()
+    return topologies.get_topology_desc(
+        'h200', platform, target_config=h200, topology=topology
+    ).devices
 
 
 def main() -> None:
@@ -228,6 +230,7 @@ def main() -> None:
     parser.add_argument('--platform', default='cpu', choices=('cpu', 'cuda'))
     parser.add_argument('--output', type=pathlib.Path)
     args = parser.parse_args()
+    os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'  # that there is a GPU
     jax.config.update('jax_num_cpu_devices', MOST)
     load = os.getloadavg()[0]
     for row in args.systems:
@@ -245,8 +248,7 @@ def main() -> None:
         for count in args.devices:
             grown = lambda a, n=rows * count: jax.ShapeDtypeStruct((n, *a.shape[1:]), a.dtype)
             batch = jax.tree.map(grown, one)
-            attention = as_on_gpu() if args.platform == 'cpu' else contextlib.nullcontext()
-            with attention:
+            with as_on_gpu() if args.platform == 'cpu' else on_gpu():
                 found = programs(config, batch, mesh_of(devices_of(args.platform, count)))
                 result['gigabytes_per_device'][str(count)] = {
                     name: measured(found[name], args.platform) for name in args.programs

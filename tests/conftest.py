@@ -1,6 +1,7 @@
 """Eight CPU devices, no network, a compile cache; `-m gpu` opens the GPU instead.
 
-Most of the time goes into compiling programs that run once, so they are not optimized on a CPU.
+Most of the time goes into compiling programs that run once, so they are not optimized on a CPU, and
+written by the emitters that are quick to compile (three times as fast).
 """
 
 import getpass
@@ -12,6 +13,7 @@ import tempfile
 import pytest
 
 _DEVICES = '--xla_force_host_platform_device_count=8'
+_QUICK = '--xla_cpu_use_fusion_emitters=false'
 _VERSIONS = '-'.join(importlib.metadata.version(name) for name in ('jax', 'jaxlib'))
 
 
@@ -24,7 +26,7 @@ def _cache() -> pathlib.Path:
 
 # Before anything imports jax.
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'.strip()
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES} {_QUICK}'.strip()
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_cache()))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')

@@ -40,12 +40,6 @@ def get_config(variant: str = 'sana'):
     config.evaluate.kind = 'none'
     return config
 """
-# Quick to compile; what the programs compute is not at stake here.
-FLAGS = (
-    '--xla_backend_optimization_level=0',
-    '--xla_llvm_disable_expensive_passes=true',
-    '--xla_cpu_use_fusion_emitters=false',
-)
 
 
 def shared(factory: pytest.TempPathFactory) -> pathlib.Path:
@@ -78,7 +72,8 @@ def environment(devices: int) -> dict[str, str]:
     here = f'--xla_force_host_platform_device_count={devices}'
     # As if every program were worth keeping on the disk.
     least = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-    return {**os.environ, **least, 'XLA_FLAGS': ' '.join([here, *FLAGS]), 'JAX_PLATFORMS': 'cpu'}
+    flags = f'{os.environ["XLA_FLAGS"]} {here}'  # the last one holds
+    return {**os.environ, **least, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
 
 
 def command(script: str, *args: object) -> list[str]:

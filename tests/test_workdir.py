@@ -193,7 +193,7 @@ def _two(path):
     environment = {
         **os.environ,
         'PYTHONPATH': str(pathlib.Path(__file__).parents[1]),
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2',
     }
     runs = [
         subprocess.Popen(

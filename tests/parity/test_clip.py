@@ -71,7 +71,7 @@ def test_states_and_the_pooled_one(eos):
     assert tiny.error(states, expected.last_hidden_state) <= 1e-4
     assert tiny.error(pooled, expected.pooler_output) <= 1e-4
     if eos != 7:
-        np.testing.assert_array_equal(pooled, states[np.arange(3), LENGTHS - 1])
+        assert tiny.error(pooled, states[np.arange(3), LENGTHS - 1]) <= 1e-6
 
 
 def test_the_end_of_a_text():
