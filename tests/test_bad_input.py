@@ -196,6 +196,17 @@ SAMPLE = [
     (FILE, '{"prompt": "x", "seed": "one"}', "prompts.jsonl:1: seed wants int, got 'one'"),
     (FILE, '{"prompt": "x", "id": "a"}\n{"prompt": "y", "id": "a"}', 'the same id'),
     (FILE, '{"prompt": "x", "id": "../a"}', "id '../a' is not a file name"),
+    (
+        [*ASK, f'--prompt={" ".join(["a red circle"] * 40)}'],
+        '',
+        r'a prompt has \d+ tokens, the largest bucket holds 96',
+    ),
+    ([*ONE, '--height=30'], '', r'height 30 is not a multiple of 4 \(nearest: 32\)'),
+    (
+        [*ONE, '--noise=HERE/small.npy'],
+        '',
+        r'the noise has shape \(2, 2, 3\), this size wants \(8, 8, 48\)',
+    ),
     (['--checkpoint=HERE/no', *ONE[1:]], '', 'no such workdir or checkpoint: .*/no'),
     (['--checkpoint=HERE', *ONE[1:]], '', r'is neither a workdir \(no config.json in it\) nor'),
     (['--checkpoint=HERE/trained/checkpoints/999', *ONE[1:]], '', 'checkpoint.*999'),
@@ -207,6 +218,7 @@ def test_sample(run, workdir, tmp_path, args, prompts, message):
     if prompts is not None:
         (tmp_path / 'prompts.jsonl').write_text(prompts)
     np.save(tmp_path / 'flat.npy', np.zeros(4, np.float32))
+    np.save(tmp_path / 'small.npy', np.zeros((2, 2, 3), np.float32))
     before = contents(tmp_path)
     code, stderr = run('sample', *(word.replace('HERE', str(tmp_path)) for word in args))
     assert_one_line(code, stderr, message)
@@ -231,16 +243,6 @@ def test_processes_of_their_own(tmp_path, workdir, tiny):
     assert_one_line(*process('sample', '--output=x', '--prompt=x'), 'either --checkpoint or')
     ask = [f'--checkpoint={workdir}', f'--output={tmp_path}/out.png']
     before = contents(tmp_path)
-    long = ' '.join(['a red circle'] * 40)
-    message = r'a prompt has \d+ tokens, the largest bucket holds 96'
-    assert_one_line(*process('sample', *ask, f'--prompt={long}'), message)
-    message = r'height 30 is not a multiple of 4 \(nearest: 32\)'
-    assert_one_line(*process('sample', *ask, '--prompt=x', '--height=30'), message)
-    np.save(tmp_path / 'noise.npy', np.zeros((2, 2, 3), np.float32))
-    message = r'the noise has shape \(2, 2, 3\), this size wants \(8, 8, 48\)'
-    given = f'--noise={tmp_path}/noise.npy'
-    assert_one_line(*process('sample', *ask, '--prompt=x', given), message)
-    (tmp_path / 'noise.npy').unlink()
     # A config.json that is not that of the checkpoint beside it.
     config = json.loads((workdir / 'config.json').read_text())
     config['context']['hidden'] = 16

@@ -100,6 +100,7 @@ def uninterrupted(factory: pytest.TempPathFactory) -> pathlib.Path:
     def make(folder: pathlib.Path) -> None:
         done = finished('train.py', f'--config={config_file(factory)}', f'--workdir={folder}')
         (folder / 'stdout').write_text(done.stdout)
+        (folder / 'stderr').write_text(done.stderr)
 
     return once(factory, 'uninterrupted', make)
 
@@ -172,24 +173,22 @@ def assert_same_run(left: pathlib.Path, right: pathlib.Path) -> None:
     assert digests(left) == digests(right)
 
 
-def test_a_run_learns_and_a_second_one_is_the_same(tmp_path, tmp_path_factory):
-    first = uninterrupted(tmp_path_factory)
-    config = config_file(tmp_path_factory)
-    done = finished('train.py', f'--config={config}', f'--workdir={tmp_path}')
-    assert [line['step'] for line in metrics(first)] == list(range(1, STEPS + 1))
-    assert len({line['loss'] for line in metrics(first)}) == STEPS
-    assert_same_run(tmp_path, first)
-    names = arrays(first)
+def test_what_a_run_leaves(tmp_path_factory):
+    run = uninterrupted(tmp_path_factory)
+    assert [line['step'] for line in metrics(run)] == list(range(1, STEPS + 1))
+    assert len({line['loss'] for line in metrics(run)}) == STEPS
+    names = arrays(run)
     learned = {name.split('.')[1] for name in names if name.startswith('trainable.')}
     assert learned == {'backbone', 'canvas', 'context'}
     assert any(name.startswith('opt_state.') for name in names)
     assert any(name.startswith('ema.') for name in names)
     # No carriage returns and no cursor movements where nobody watches.
-    assert done.stdout.count('\nstep ') == STEPS
-    assert not {'\r', '\x1b'} & set(done.stdout + done.stderr)
-    assert sorted(map(int, os.listdir(tmp_path / 'checkpoints'))) == [STEPS - 3, STEPS]
+    said = (run / 'stdout').read_text()
+    assert said.count('\nstep ') == STEPS
+    assert not {'\r', '\x1b'} & set(said + (run / 'stderr').read_text())
+    assert sorted(map(int, os.listdir(run / 'checkpoints'))) == [STEPS - 3, STEPS]
     files = {'.lock', 'checkpoints', 'config.json', 'metrics.jsonl', 'timing.jsonl'}
-    assert set(os.listdir(tmp_path)) == files | {'versions.json'}
+    assert set(os.listdir(run)) - {'stdout', 'stderr', 'made'} == files | {'versions.json'}
 
 
 def test_killed_again_and_again(tmp_path, tmp_path_factory, start):
