@@ -231,6 +231,10 @@ def main() -> None:
     parser.add_argument('--output', type=pathlib.Path)
     args = parser.parse_args()
     os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'  # that there is a GPU
+    # Nothing is tuned without one, and the tiles that Triton starts from do not fit all products.
+    os.environ['XLA_FLAGS'] = (
+        f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_enable_triton_gemm=false'
+    )
     jax.config.update('jax_num_cpu_devices', MOST)
     load = os.getloadavg()[0]
     for row in args.systems:

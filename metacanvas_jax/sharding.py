@@ -83,6 +83,23 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
+def constrain_heads(*arrays_BSNE: jax.Array) -> tuple[jax.Array, ...]:
+    """Pins queries, keys and values alike, which cuDNN's attention wants; tokens stay whole.
+
+    Where an axis of the mesh does not divide all of them, that dimension stays whole in all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return arrays_BSNE
+
+    def split(dimension: int, *axes: str) -> tuple[str, ...] | None:
+        parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+        return None if any(a.shape[dimension] % parts for a in arrays_BSNE) else axes
+
+    spec = P(split(0, *BATCH_AXES), None, split(2, 'tensor'), None)
+    return tuple(jax.lax.with_sharding_constraint(a, spec) for a in arrays_BSNE)
+
+
 def put_batch(batch, mesh: Mesh):
     """This process' rows of a host batch, as global arrays split over the batch axes."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))

@@ -21,8 +21,9 @@ from bench.train_step import (
     split_over,
     whole_stacks,
 )
+from metacanvas_jax.layers.attention import attend
 from metacanvas_jax.mllm.config import PRESETS
-from metacanvas_jax.sharding import shardings
+from metacanvas_jax.sharding import make_mesh, shardings
 from metacanvas_jax.vae.wan_vae import WanVae
 from metacanvas_jax.vae.wan_vae_config import PUBLISHED
 
@@ -64,6 +65,25 @@ def test_a_gathered_stack_is_found(step, spec):
     (said,) = whole_stacks(gathers, gathers.compile().as_text())
     assert said.startswith('all-gather f32[8,')
     assert not whole_stacks(step, gathers.compile().as_text())
+
+
+@pytest.mark.parametrize(
+    ('rows', 'groups', 'spec'),
+    [
+        (8, 4, P(('data', 'fsdp'), None, ('tensor',), None)),
+        (8, 3, P(('data', 'fsdp'), None, None, None)),
+        (3, 4, P(None, None, ('tensor',), None)),
+    ],
+)
+def test_queries_keys_and_values_lie_alike(rows, groups, spec):
+    """cuDNN's attention refuses them otherwise; of a context, the compiler chose other places."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    q = jax.ShapeDtypeStruct((rows, 6, 12, 8), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((rows, 4, groups, 8), jnp.bfloat16)
+    with as_on_gpu(), jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(attend)(q, k, k).jaxpr
+    pinned = [e.params['sharding'].spec for e in jaxpr.eqns if 'sharding' in e.primitive.name]
+    assert pinned == [spec] * 3
 
 
 def test_an_autoencoder_is_silent(step):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from metacanvas_jax.sharding import constrain_heads
+
 
 def attend(q_BSNE, k_BLGE, v_BLGE, *, mask_BSL=None, length_B=None, causal=False) -> jax.Array:
     """softmax(q k^T / sqrt(E)) v, grouped when G < N; softmax in fp32.
@@ -12,6 +14,8 @@ def attend(q_BSNE, k_BLGE, v_BLGE, *, mask_BSL=None, length_B=None, causal=False
     """
     half = q_BSNE.dtype in (jnp.bfloat16, jnp.float16)
     cudnn = half and mask_BSL is None and jax.default_backend() == 'gpu' and q_BSNE.shape[-1] <= 256
+    if cudnn:
+        q_BSNE, k_BLGE, v_BLGE = constrain_heads(q_BSNE, k_BLGE, v_BLGE)
     return jax.nn.dot_product_attention(
         q_BSNE,
         k_BLGE,
