@@ -17,7 +17,7 @@ from absl import flags
 from metacanvas_jax import command
 from metacanvas_jax.build import part_sizes
 from metacanvas_jax.checkpoint import save_weights
-from tests.test_resume import ROOT, config_file, environment, uninterrupted
+from tests.test_resume import CONFIG, ROOT, config_file, environment, uninterrupted
 from tests.test_resume import command as command_line
 
 
@@ -223,6 +223,16 @@ def test_sample(run, workdir, tmp_path, args, prompts, message):
     code, stderr = run('sample', *(word.replace('HERE', str(tmp_path)) for word in args))
     assert_one_line(code, stderr, message)
     assert contents(tmp_path) == before
+
+
+def test_no_canvas_no_map(run, tmp_path):
+    every = "weights = dict.fromkeys(('mllm', 'backbone', 'context'), 'random')"
+    (tmp_path / 'drawn.py').write_text(CONFIG.replace("weights.mllm = 'random'", every))
+    ask = [f'--output={tmp_path}/out.png', '--prompt=x', f'--canvas_map={tmp_path}/map.png']
+    code, stderr = run('sample', f'--config={tmp_path}/drawn.py:no_canvas', *ask)
+    message = r'--canvas_map: this model has no canvas \(config.canvas.fuse is none\)'
+    assert_one_line(code, stderr, message)
+    assert contents(tmp_path).keys() == {'drawn.py'}
 
 
 def process(name: str, *args: object, devices: int = 1) -> tuple[int, str]:

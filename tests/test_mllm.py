@@ -17,12 +17,14 @@ from metacanvas_jax.mllm.qwen import Qwen
 from tests import tiny
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture
 def optimized():
-    """As users run it: the bound of padding is one of rounding alone."""
+    """As users run it: a bound of rounding alone."""
     jax.config.update('jax_disable_most_optimizations', False)
+    jax.clear_caches()  # which do not know of it
     yield
     jax.config.update('jax_disable_most_optimizations', True)
+    jax.clear_caches()
 
 
 H, W = 2, 3
@@ -160,6 +162,7 @@ def test_two_passes_equal_one_gated_pass(attention):
         assert tiny.error(states[row, :L], expected[:L]) <= 1e-5
 
 
+@pytest.mark.usefixtures('optimized')
 def test_padding_on_the_right_changes_nothing():
     model = _model()
     short, long = (tiny.prompt(size=size) for size in (12, 17))

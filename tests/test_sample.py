@@ -10,8 +10,8 @@ from PIL import Image
 import metacanvas_jax as mc
 from metacanvas_jax.data.tasks import TASKS, Asked
 from metacanvas_jax.types import InputError
-from tests.test_bad_input import assert_one_line, process, script
-from tests.test_resume import STEPS, config_file, finished, once, uninterrupted
+from tests.test_bad_input import script
+from tests.test_resume import STEPS, finished, once, uninterrupted
 
 PROMPT = 'a red circle left of a blue square'
 SEED, STEPS_OF_SOLVER, N = 3, 3, 4
@@ -197,19 +197,6 @@ def test_the_steps_of_a_run(trained, tmp_path):
     older = mc.load(trained / f'checkpoints/{STEPS - 3}')._state
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(older), strict=True)
     assert not all(np.array_equal(a, b) for a, b in pairs)
-
-
-def test_no_canvas_no_map(tmp_path, tmp_path_factory):
-    config = f'--config={config_file(tmp_path_factory)}:no_canvas'
-    learned = "--config.trainable=('context/.*','backbone/.*')"
-    options = ['--config.steps=1', '--config.optimizer.ema=0']
-    finished('train.py', config, learned, f'--workdir={tmp_path}/run', *options)
-    ask = [f'--checkpoint={tmp_path}/run', f'--output={tmp_path}/out.png', f'--prompt={PROMPT}']
-    code, stderr = process('sample', *ask, '--steps=1', f'--canvas_map={tmp_path}/map.png')
-    assert_one_line(
-        code, stderr, r'--canvas_map: this model has no canvas \(config.canvas.fuse is none\)'
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ['run']
 
 
 def test_plans_come_before_pictures(pipe):

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import CLIPTokenizer
 
 from metacanvas_jax.data.padded_tokenizer import PaddedTokenizer, t5_tokenizer
 from metacanvas_jax.types import EncoderPrompt, InputError
@@ -66,6 +65,8 @@ def clip_tokenizer(directory: str | pathlib.Path, *, size: int) -> PaddedTokeniz
     wanted = (['tokenizer.json'], ['vocab.json', 'merges.txt'])
     if not any(all((folder / name).is_file() for name in names) for names in wanted):
         raise InputError(f'no tokenizer.json and no vocab.json with merges.txt in {directory}')
+    from transformers import CLIPTokenizer  # takes a second, of every command without FLUX too
+
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     return PaddedTokenizer(
         tokenizer.backend_tokenizer,
