@@ -4,7 +4,6 @@ Most of the time goes into compiling programs that run once, so they are not opt
 written by the emitters that are quick to compile (three times as fast).
 """
 
-import gc
 import getpass
 import importlib.metadata
 import os
@@ -38,16 +37,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if 'gpu' not in words:
         os.environ['JAX_PLATFORMS'] = 'cpu'
         os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def forgotten():
-    """Programs of one module are of no use to the next; the collector would visit all of them."""
-    yield
-    import jax
-
-    jax.clear_caches()
-    gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
