@@ -191,18 +191,23 @@ def test_what_a_run_leaves(tmp_path_factory):
     assert set(os.listdir(run)) - {'stdout', 'stderr', 'made'} == files | {'versions.json'}
 
 
-def test_killed(tmp_path, tmp_path_factory, start):
+def test_killed_again_and_again(tmp_path, tmp_path_factory, start):
     reference = uninterrupted(tmp_path_factory)
+    resumed = []
+    rng = random.Random(1)
     # The save at step 6 waits for that of step 3: whoever sees step 7 can be resumed.
-    run = start()
-    read_to(run, random.Random(1).randrange(7, STEPS - 2))
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert run.returncode == -signal.SIGKILL
+    for step in (rng.randrange(2, 7), rng.randrange(7, STEPS - 2)):
+        run = start()
+        lines = read_to(run, step)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert run.returncode == -signal.SIGKILL
+        resumed += [line for line in lines if line.startswith('resumed from step ')]
     run = start()
     out, _ = run.communicate()
     assert run.returncode == 0
-    assert '\nresumed from step ' in out
+    resumed += [line for line in out.splitlines() if line.startswith('resumed from step ')]
+    assert resumed, 'no run was killed after its first checkpoint'
     assert_same_run(tmp_path, reference)
 
 

@@ -70,8 +70,9 @@ def test_states_and_the_pooled_one(eos):
     states, pooled = forward(ours(eos), tokens)
     assert tiny.error(states, expected.last_hidden_state) <= 1e-4
     assert tiny.error(pooled, expected.pooler_output) <= 1e-4
-    if eos != 7:
-        assert tiny.error(pooled, states[np.arange(3), LENGTHS - 1]) <= 1e-6
+    if eos != 7:  # op by op: of one program the compiler makes either in its own way
+        states, pooled = ours(eos)(tokens)
+        np.testing.assert_array_equal(pooled, states[np.arange(3), LENGTHS - 1])
 
 
 def test_the_end_of_a_text():
