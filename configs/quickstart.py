@@ -53,12 +53,12 @@ def flux(config: ConfigDict) -> None:
     config.vae.stride = 2
     config.pooled_encoder = dict(kind='stored', width=8)
     config.weights.pooled_encoder = 'random'
-    config.prompt.buckets = (96, 128)
-    config.context.skip = 14  # what stands before the picture
+    config.prompt.buckets = (72, 128)
+    config.context.skip = 33  # all before the instruction: the DiT has the picture itself
     config.flow.embedded_guidance = 1.0
     config.data.tasks = dict(edit=1.0)
     config.optimizer.cooldown_steps = 700
-    config.sample.update(every=700, guidance=1.0, embedded_guidance=1.0)
+    config.sample.update(every=700, guidance=1.0, embedded_guidance=1.0, temperature=0.0)
     config.evaluate.kind = 'edits'
 
 

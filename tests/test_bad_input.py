@@ -226,8 +226,8 @@ def test_sample(run, workdir, tmp_path, args, prompts, message):
 
 
 def test_no_canvas_no_map(run, tmp_path):
-    every = "weights = dict.fromkeys(('mllm', 'backbone', 'context'), 'random')"
-    (tmp_path / 'drawn.py').write_text(CONFIG.replace("weights.mllm = 'random'", every))
+    every = "config.weights = dict.fromkeys(('mllm', 'backbone', 'context'), 'random')"
+    (tmp_path / 'drawn.py').write_text(CONFIG.replace('return', f'{every}\n    return'))
     ask = [f'--output={tmp_path}/out.png', '--prompt=x', f'--canvas_map={tmp_path}/map.png']
     code, stderr = run('sample', f'--config={tmp_path}/drawn.py:no_canvas', *ask)
     message = r'--canvas_map: this model has no canvas \(config.canvas.fuse is none\)'

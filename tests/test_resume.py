@@ -28,7 +28,6 @@ def get_config(variant: str = 'sana'):
     config = quickstart.get_config(variant)
     config.steps = {STEPS}
     config.batch_size = 8
-    config.weights.mllm = 'random'
     config.context.hidden = 32
     config.canvas.update(grid=(2, 2), stride=4, head_dim=32)
     config.backbone.update(num_attention_heads=2, num_layers=1, num_cross_attention_heads=2)

@@ -157,7 +157,7 @@ TINY += sorted(set(ROWS) - SAME - set(LESS))
 def test_tiny_run(row, tokenizer):
     """Plain velocity at the start, 20 steps, and by the fifth all that shall learn has moved."""
     config = shrink(config_of(row), tokenizer)
-    model = jax.jit(functools.partial(build_model, config))(jax.random.key(1))
+    model = build_model(config, jax.random.key(1))
     pretrained = config.weights.backbone is not None
     if pretrained:  # the last projection of a DiT from scratch is zero
         kernel = tiny.normal(*model.backbone.proj_out.kernel.shape)

@@ -236,9 +236,8 @@ def one_device() -> Mesh:
 
 
 def config(**canvas) -> ConfigDict:
-    """The quickstart, with a smaller DiT and a random MLLM; `canvas` are changes of its canvas."""
+    """The quickstart, with a smaller DiT; `canvas` are changes of its canvas."""
     config = quickstart.get_config()
-    config.weights.mllm = 'random'
     config.batch_size = 4
     config.prompt.buckets = (64,)
     config.context.hidden = 32

@@ -38,28 +38,32 @@ def split_model(
     states as shapes, types and places.
     """
 
-    def init(key):
-        _, trainable, frozen = nnx.split(make(key), wanted, ...)
+    def parts(model):
+        _, trainable, frozen = nnx.split(model, wanted, ...)
         frozen = jax.tree.map(
             lambda a: a.astype(frozen_dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, frozen
         )
         return trainable, frozen
 
+    def to_draw(states):
+        return tuple(nnx.split_state(state, given, ...)[1] for state in states)
+
     def draw(key):
-        return tuple(nnx.split_state(part, given, ...)[1] for part in init(key))
+        return to_draw(parts(make(key)))
 
     key = jax.random.key(seed)
-    graphdef = nnx.split(jax.eval_shape(make, key), wanted, ...)[0]
-    shapes = jax.eval_shape(init, key)
+    model = jax.eval_shape(make, key)
+    shapes = jax.eval_shape(parts, model)
     where = shardings(shapes, mesh)
     absent = jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, where
     )
-    drawn = jax.jit(draw, out_shardings=shardings(jax.eval_shape(draw, key), mesh))(key)
+    drawn = jax.jit(draw, out_shardings=to_draw(where))(key)
     trainable, frozen = (
         nnx.merge_state(nnx.split_state(whole, given, ...)[0], part)
         for whole, part in zip(absent, drawn, strict=True)
     )
+    graphdef = nnx.graphdef(model)
     return graphdef, trainable, frozen
 
 
