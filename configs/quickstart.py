@@ -37,7 +37,6 @@ def metaquery(config: ConfigDict) -> None:
 
 def flux(config: ConfigDict) -> None:
     """Editing with a FLUX-shaped DiT: the MLLM sees the picture, which stands beside the target."""
-    config.steps = 1400
     config.backbone = dict(
         kind='flux',
         remat='full',
@@ -56,9 +55,10 @@ def flux(config: ConfigDict) -> None:
     config.prompt.buckets = (72, 128)
     config.context.skip = 33  # all before the instruction: the DiT has the picture itself
     config.flow.embedded_guidance = 1.0
+    config.canvas.grid = (3, 3)
+    config.data.size = 24
     config.data.tasks = dict(edit=1.0)
-    config.optimizer.cooldown_steps = 700
-    config.sample.update(every=700, guidance=1.0, embedded_guidance=1.0, temperature=0.0)
+    config.sample.update(guidance=1.0, embedded_guidance=1.0, temperature=0.0)
     config.evaluate.kind = 'edits'
 
 
@@ -70,13 +70,13 @@ def flux_no_canvas(config: ConfigDict) -> None:
 
 def wan(config: ConfigDict) -> None:
     """Six tasks of pictures and clips with a Wan-shaped DiT: noisy latents, condition and mask."""
-    config.steps = 1600
+    config.steps = 1300
     config.video_batch_size = 16
     config.backbone = dict(
         kind='wan',
         remat='full',
-        in_channels=48 + 48 + 4,
-        out_channels=48,
+        in_channels=12 + 12 + 4,
+        out_channels=12,
         num_attention_heads=4,
         attention_head_dim=32,
         num_layers=4,
@@ -87,14 +87,15 @@ def wan(config: ConfigDict) -> None:
         eps=1e-6,
         text_embedder='none',
     )
-    config.vae = dict(kind='pixel_video', stride=2)
+    # 2 x 2 pixels of four frames to a token: a DiT must be wider than its tokens, or noise stays.
+    config.vae = dict(kind='pixel_video', stride=1)
     config.prompt.update(plan_tokens=0, buckets=(56, 80, 96, 128), pictures=(1, 2, 4))
     config.context.skip = 14
     config.canvas.update(keyframes=3, frame_seconds=4 / 8)
-    config.data.update(frames=9, fps=8.0, references=2)
+    config.data.update(size=16, frames=9, fps=8.0, references=2)
     config.data.tasks = dict(t2i=0.15, edit=0.15, t2v=0.2, i2v=0.1, v2v=0.2, r2v=0.2)
-    config.optimizer.cooldown_steps = 800
-    config.sample.every = 800
+    config.optimizer.cooldown_steps = 650
+    config.sample.every = 1300
     config.evaluate.update(kind='six_tasks', per_category=16, batch_size=16)
 
 

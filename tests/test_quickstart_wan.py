@@ -69,8 +69,8 @@ def test_every_task_has_shapes_of_its_own_and_no_others():
 
 
 def test_pictures_are_drawn_by_what_draws_clips():
-    geometry = Geometry(CONFIG, 2, 4, 48, takes_context=False)
-    assert size_multiple(CONFIG) == 4
+    geometry = Geometry(CONFIG, 1, 4, 12, takes_context=False)
+    assert size_multiple(CONFIG) == 2
     assert [geometry.frames(None, task) for task in (None, 't2v', 't2i', 'edit')] == [9, 9, 1, 1]
     assert (geometry.frames(5, 't2v'), geometry.frames(1, 't2i')) == (5, 1)
     with pytest.raises(InputError, match="task 'edit' makes pictures, not 5 frames"):
@@ -138,7 +138,7 @@ def test_sheets_of_clips(pipe, tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == {'grid.png', 'grid.mp4', 'canvas.png'}
     with av.open(str(folder / 'grid.mp4')) as video:
         assert len([*video.decode(video=0)]) == pipe.config.data.frames
-    assert drawn.shape == (4, 9, 32, 32, 3)
+    assert drawn.shape == (4, 9, 16, 16, 3)
     np.testing.assert_array_equal(drawn[:, 0], [record.first for record in told[:4]])
     assert scores.keys() == set(SPLITS)
     for found in scores.values():  # the given frame stays in its place, whatever comes after
