@@ -28,6 +28,7 @@ def _cache() -> pathlib.Path:
 if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES} {_QUICK}'.strip()
 os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # of torch: its tensors here are tiny
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_cache()))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 

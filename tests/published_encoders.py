@@ -13,8 +13,6 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-torch.set_num_threads(1)
-
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> Any:
     """Every parameter is random: the norms' around one, of both signs, others keep the size."""

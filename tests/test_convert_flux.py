@@ -28,8 +28,6 @@ from metacanvas_jax.train.trainable import parameter_sizes, trainable_filter, tr
 from metacanvas_jax.types import InputError, Visual
 from tests import published, published_flux, tiny
 
-torch.set_num_threads(1)
-
 MANIFESTS = pathlib.Path(__file__).parent / 'manifests'
 NAMES = ('flux1_dev', 'flux1_kontext_dev', 'flux1_dev_bfl', 'flux1_kontext_dev_bfl')
 DTYPES = {'bfloat16': torch.bfloat16, 'float32': torch.float32}

@@ -18,8 +18,6 @@ from metacanvas_jax.data.sana_prompts import INSTRUCTION, SIZE, SanaTokenizer
 from metacanvas_jax.types import InputError
 from tests import tiny
 
-torch.set_num_threads(1)
-
 PUBLISHED = inspect.signature(SanaPipeline.__call__).parameters
 THEIR_INSTRUCTION = PUBLISHED['complex_human_instruction'].default
 LONG = 'a very long story of a cat and a city ' * 40

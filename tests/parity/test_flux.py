@@ -17,8 +17,6 @@ from metacanvas_jax.layers.rope import rotate_pairs
 from metacanvas_jax.types import Visual
 from tests import published_flux, tiny
 
-torch.set_num_threads(1)
-
 CONFIG = FluxConfig(
     **{k: v for k, v in published_flux.SIZES.items() if k not in ('patch_size', 'guidance_embeds')}
 )

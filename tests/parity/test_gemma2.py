@@ -18,8 +18,6 @@ from metacanvas_jax.layers.norm import OffsetRmsNorm
 from metacanvas_jax.text_encoders.gemma2 import FULL, SLIDING, Gemma2, Gemma2Config
 from tests import tiny
 
-torch.set_num_threads(1)
-
 WINDOW = 5
 LENGTHS, SIZE = np.array([4, 17, 11]), 19  # below, far and a little above the window; padding
 SIZES = dict(

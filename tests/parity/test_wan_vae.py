@@ -40,15 +40,6 @@ encode = quickly(lambda vae, x: vae.encode(x))
 decode = quickly(lambda vae, z: vae.decode(z))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _one_thread():
-    """Tensors are tiny: more threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 theirs = published_wan_vae.reference
 
 
