@@ -1,11 +1,11 @@
-"""Section 5.1 in small: text, MetaQuery and MetaCanvas in the shapes world at one budget.
+"""Variants of the quickstart at one budget, such as Section 5.1's: text, MetaQuery and MetaCanvas.
 
     for v in sana no_canvas metaquery; do
         python train.py --config configs/quickstart.py:$v --workdir runs/$v
     done
-    python -m bench.quickstart_variants runs/sana runs/no_canvas runs/metaquery
+    python -m bench.quickstart_variants quickstart_variants runs/sana runs/no_canvas runs/metaquery
 
-Writes bench/results/quickstart_variants.json, scores and losses, and docs/quickstart_variants.png.
+Writes bench/results/NAME.json, scores and losses, and docs/NAME.png, where NAME comes first.
 """
 
 import json
@@ -58,16 +58,16 @@ def plot(curves: dict[str, list[float]], scores: dict[str, dict]) -> Image.Image
     return image
 
 
-def main(folders: list[str]) -> None:
+def main(name: str, *folders: str) -> None:
     workdirs = {pathlib.Path(folder).name: pathlib.Path(folder) for folder in folders}
-    curves = {name: curve(workdir) for name, workdir in workdirs.items()}
+    curves = {variant: curve(workdir) for variant, workdir in workdirs.items()}
     scores = {n: json.loads((w / 'score.json').read_text()) for n, w in workdirs.items()}
-    rows = {name: {'score': scores[name], 'loss': curves[name]} for name in workdirs}
-    plot(curves, scores).save('docs/quickstart_variants.png')
+    rows = {n: {'score': scores[n], 'loss': curves[n]} for n in workdirs}
+    plot(curves, scores).save(f'docs/{name}.png')
     result = {'what': 'configs/quickstart.py', 'steps_of_a_mean': EVERY, 'runs': rows}
-    output = 'bench/results/quickstart_variants.json'
+    output = f'bench/results/{name}.json'
     record(output, result, load=os.getloadavg()[0], packages=('jax', 'flax'))
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

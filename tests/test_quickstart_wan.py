@@ -33,18 +33,18 @@ def test_clips_come_back_to_the_same_bits(frames):
     vae = PixelVideoVae(PixelConfig(stride=2), dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, frames, 6, 4, 3)).astype(np.float32)
     z = vae.encode(jnp.asarray(x))
-    assert z.shape == (2, 1 + frames // 4, 3, 2, vae.channels)
+    assert z.shape == (2, 1 + frames // 2, 3, 2, vae.channels)
     np.testing.assert_array_equal(vae.decode(z), x)
-    # A first frame alone is the first latent frame, and each other one holds four frames.
+    # A first frame alone is the first latent frame, and each other one holds two frames.
     np.testing.assert_array_equal(vae.encode(jnp.asarray(x[:, :1])), z[:, :1])
     other = x.copy()
     other[:, -1] += 1
     changed = np.asarray(vae.encode(jnp.asarray(other)) != z).any((0, 2, 3, 4))
-    assert changed.tolist() == [False] * (frames // 4) + [True]
+    assert changed.tolist() == [False] * (frames // 2) + [True]
 
 
 def test_every_task_has_shapes_of_its_own_and_no_others():
-    """A program each: of pictures one latent frame, of clips three."""
+    """A program each: of pictures one latent frame, of clips five."""
     readers, sources = build_readers(CONFIG), SOURCES['shapes'](CONFIG.data)
     loader = Loader(
         sources,
@@ -62,15 +62,15 @@ def test_every_task_has_shapes_of_its_own_and_no_others():
         assert task == loader.task(step)
         shapes.setdefault(task, set()).add(str(jax.tree.map(np.shape, batch)))
         frames = batch.visual.clean_BT.shape[1], batch.pixels_BFHWC.shape[1]
-        assert frames == ((3, 9) if TASKS[task].video else (1, 1))
+        assert frames == ((5, 9) if TASKS[task].video else (1, 1))
         assert (batch.visual.clean_BT[:, 0] == (task == 'i2v')).all()
     assert shapes.keys() == set(CONFIG.data.tasks) == EXAMS['six_tasks'].keys()
     assert {task: len(found) for task, found in shapes.items()} == dict.fromkeys(shapes, 1)
 
 
 def test_pictures_are_drawn_by_what_draws_clips():
-    geometry = Geometry(CONFIG, 1, 4, 12, takes_context=False)
-    assert size_multiple(CONFIG) == 2
+    geometry = Geometry(CONFIG, 2, 2, 24, takes_context=False)
+    assert size_multiple(CONFIG) == 4
     assert [geometry.frames(None, task) for task in (None, 't2v', 't2i', 'edit')] == [9, 9, 1, 1]
     assert (geometry.frames(5, 't2v'), geometry.frames(1, 't2i')) == (5, 1)
     with pytest.raises(InputError, match="task 'edit' makes pictures, not 5 frames"):
@@ -145,6 +145,6 @@ def test_sheets_of_clips(pipe, tmp_path, monkeypatch):
         assert (found['first_frame'], found['first']) == (0, 1)
     # All of that with one solver.
     assert pipe._solve._cache_size() == 1
-    assert maps.shape == (4, 3, 8, 8, 3)
+    assert maps.shape == (4, 5, 4, 4, 3)
     # The canvas leaves the first frame as it is.
-    assert maps.any((2, 3, 4)).tolist() == [[False, True, True]] * 4
+    assert maps.any((2, 3, 4)).tolist() == [[False] + [True] * 4] * 4

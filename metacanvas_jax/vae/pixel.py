@@ -35,6 +35,6 @@ class PixelVae(Vae):
 
 
 class PixelVideoVae(PixelVae):
-    """Four frames to a latent frame, as Wan's."""
+    """Two frames to a latent frame."""
 
-    time_stride = 4
+    time_stride = 2
