@@ -70,9 +70,8 @@ def flux_no_canvas(config: ConfigDict) -> None:
 
 def wan(config: ConfigDict) -> None:
     """Six tasks of pictures and clips with a Wan-shaped DiT: noisy latents, condition and mask."""
-    config.steps = 2400
-    config.batch_size = 16
-    config.video_batch_size = 8
+    config.steps = 2800
+    config.video_batch_size = 16
     config.backbone = dict(
         kind='wan',
         remat='full',
@@ -94,8 +93,8 @@ def wan(config: ConfigDict) -> None:
     config.canvas.update(grid=(2, 2), keyframes=3, frame_seconds=2 / 8)
     config.data.update(size=16, frames=9, fps=8.0, references=2)
     config.data.tasks = dict(t2i=0.15, edit=0.15, t2v=0.2, i2v=0.1, v2v=0.2, r2v=0.2)
-    config.optimizer.cooldown_steps = 1200
-    config.sample.every = 2400
+    config.optimizer.cooldown_steps = 1400
+    config.sample.every = 2800
     config.evaluate.update(kind='six_tasks', per_category=16, batch_size=16)
 
 
