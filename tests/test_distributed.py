@@ -82,13 +82,16 @@ OTHERS = [
 
 @pytest.mark.parametrize('mesh', [*OTHERS, dict(fsdp=4)], ids=str)
 def test_two_processes_train_as_one_device(tmp_path, tmp_path_factory, expected, mesh):
-    """And from what four devices of two processes saved, one device goes on."""
+    """And from what four devices of two processes saved, one device goes on, and two."""
     args = arguments(tmp_path_factory, tmp_path, mesh)
     two_processes(*args)
     np.testing.assert_allclose(losses(tmp_path), expected, rtol=TOLERANCE)
     if mesh == dict(fsdp=4):
         assert_split_in_four(tmp_path)
-        go_on(tmp_path, expected, arguments(tmp_path_factory, tmp_path, dict(fsdp=1)), devices=1)
+        shutil.copytree(tmp_path, tmp_path / 'again')
+        for workdir, mesh in ((tmp_path, dict(fsdp=1)), (tmp_path / 'again', dict(data=2))):
+            args = arguments(tmp_path_factory, workdir, mesh)
+            go_on(workdir, expected, args, devices=math.prod(mesh.values()))
 
 
 @pytest.mark.slow

@@ -191,6 +191,14 @@ def _without_second_factor(model):
     )
 
 
+def test_lora_is_built_with_a_second_factor_of_zero():
+    built = tiny.named(tiny.qwen(nnx.Rngs(0), tiny.LORA))
+    first, second = ([a for n, a in built.items() if n.endswith(f'/lora/{f}')] for f in 'ab')
+    assert len(first) == len(second) == 7
+    assert all(np.all(a != 0) for a in first)
+    assert not any(np.any(a) for a in second)
+
+
 def test_lora_starts_as_the_base_model():
     prompt, mask = tiny.prompt(), _mask('causal')
     start = canvas(_without_second_factor(_model()), prompt, TOKENS, mask)

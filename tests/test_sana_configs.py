@@ -147,13 +147,7 @@ def shrink(config: ConfigDict, tokenizer: pathlib.Path) -> ConfigDict:
     return config
 
 
-# Less of what `canvas` and `metaquery` have.
-LESS = [('t2i', 'text'), ('t2i', 'canvas_only')]
-TINY = [pytest.param(row, marks=pytest.mark.slow) for row in LESS]
-TINY += sorted(set(ROWS) - SAME - set(LESS))
-
-
-@pytest.mark.parametrize('row', TINY, ids='-'.join)
+@pytest.mark.parametrize('row', sorted(set(ROWS) - SAME), ids='-'.join)
 def test_tiny_run(row, tokenizer):
     """Plain velocity at the start, 20 steps, and by the fifth all that shall learn has moved."""
     config = shrink(config_of(row), tokenizer)

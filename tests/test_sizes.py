@@ -87,10 +87,7 @@ def test_row_of_table_3_has_its_modules(row):
     trainable_filter(config.trainable if row != 'baseline' else config.trainable[::2], model)
 
 
-BETWEEN = [pytest.param(row, marks=pytest.mark.slow) for row in TABLE_3[1:-2]]
-
-
-@pytest.mark.parametrize('row', [TABLE_3[0], *BETWEEN, *TABLE_3[-2:]])
+@pytest.mark.parametrize('row', TABLE_3)
 def test_row_of_table_3_trains(row):
     """Three steps on short videos with given frames, from the zeros of a new canvas."""
     mesh, changes = tiny.one_device(), {**tiny.ROWS[row], 'keyframes': 3}

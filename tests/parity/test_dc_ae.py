@@ -241,7 +241,6 @@ def test_encoder_and_decoder(name, size):
     assert back <= 1e-4
 
 
-@pytest.mark.slow
 def test_in_bfloat16():
     """No further from fp32 than the reference, whose norms and attention compute in fp32 too."""
     x, vae, reference = pixels((3, 5)), ours('sana'), theirs('sana')

@@ -245,7 +245,6 @@ def test_chunks_of_any_causal_network(take, give):
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_in_bfloat16():
     """No further from fp32 than the reference, whose norms and softmax compute in fp32 too."""
     x, z = pixels('small', 5, (2, 3)), latents('small', 2, (2, 3))
