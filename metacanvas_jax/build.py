@@ -43,7 +43,7 @@ from metacanvas_jax.vae.dc_ae import DcAe
 from metacanvas_jax.vae.dc_ae_config import DcAeConfig
 from metacanvas_jax.vae.flux_ae import FluxAe
 from metacanvas_jax.vae.flux_ae_config import FluxAeConfig
-from metacanvas_jax.vae.pixel import PixelConfig, PixelVae, PixelVideoVae
+from metacanvas_jax.vae.pixel import PixelConfig, PixelVae
 from metacanvas_jax.vae.wan_vae import WanVae
 from metacanvas_jax.vae.wan_vae_config import WanVaeConfig
 
@@ -83,7 +83,6 @@ BACKBONES = {
 }
 VAES = {
     'pixel': Part(PixelVae, PixelConfig),
-    'pixel_video': Part(PixelVideoVae, PixelConfig),
     'dc_ae': Part(DcAe, DcAeConfig, dc_ae_config.PRESETS, dc_ae_config.read_config),
     'flux_ae': Part(FluxAe, FluxAeConfig, read_config=flux_ae_config.read_config),
     'wan_vae': Part(WanVae, WanVaeConfig, wan_vae_config.PRESETS, wan_vae_config.read_config),

@@ -44,6 +44,11 @@ class Geometry:
     def keeps_shape(self) -> bool:
         return self.config.data.get('sizes') == 'kontext'
 
+    @property
+    def moves(self) -> bool:
+        """Whether this system makes videos."""
+        return self.frames(None) > 1
+
     @classmethod
     def of(cls, config: ConfigDict, model: MetaCanvas) -> 'Geometry':
         vae, takes_context = model.vae, model.backbone.takes_context
@@ -69,7 +74,7 @@ class Geometry:
         height, width = (d if side is None else side for side, d in zip(size, default, strict=True))
         check_size(self.config, height, width)
         frames = self.frames(frames)
-        if frames < 1 or (frames > 1 and self.time_stride == 1):
+        if frames < 1 or (frames > 1 and not self.moves):
             raise InputError(f'this system makes pictures, not {frames} frames')
         if beyond := (frames - 1) % self.time_stride:
             raise InputError(
@@ -104,7 +109,7 @@ class Geometry:
         if self.takes_context:
             references = (*images[1:], *references)
             return Record(prompt, source=images[0][None], references=references)
-        if self.time_stride == 1:
+        if not self.moves:
             raise InputError('this system draws from text alone: give a prompt without image')
         if len(images) > 1:
             raise InputError(f'a video has one first frame, not {len(images)}')

@@ -3,9 +3,9 @@
 One or two objects go at constant speed from one corner to the next, or stay; the camera is still.
 Clips are addressed like pictures of shapes.py, at any number of frames and any size:
 
-    t2v, i2v   'a red circle moves right and a blue square stays'
+    t2v, i2v   'a red circle moves northwest to northeast and a blue square is southeast, on white'
     v2v        'make the red circle green', of a clip whose twin is the target
-    r2v        'the circle moves right and the square stays', whose colours pictures show
+    r2v        'the circle moves northwest to northeast, on white', whose colour a picture shows
 """
 
 import functools
@@ -43,7 +43,6 @@ MOTIONS = {  # category -> whether each object moves
     'one_stays': (True, False),
 }
 CLIP_EDITS = ('recolour', 'replace', 'remove', 'background')
-WAYS = {'right': (1, 0), 'left': (-1, 0), 'up': (0, -1), 'down': (0, 1)}  # (x, y)
 
 _APART = 2 * RADIUS + 1 / 8  # of centres along one axis, as corners are at the least
 _CROP = 3 / 8  # the radius of an object alone, twice that in clips
@@ -152,24 +151,6 @@ def shares(frames: int) -> np.ndarray:
     return np.arange(frames) / max(frames - 1, 1)
 
 
-def plan(motion: Motion) -> str:
-    """What is where at first and where it goes; objects in the order in which they were named.
-
-    'red circle northwest to northeast, blue square southeast, on white'
-    """
-    parts = [
-        f'{a.name} {place(a)}' + ('' if a == b else f' to {place(b)}')
-        for a, b in zip(motion.first.objects, motion.last.objects, strict=True)
-    ]
-    return ', '.join([*parts, f'on {motion.first.background}'])
-
-
-def way(first: Object, last: Object) -> str | None:
-    """One of WAYS, or None of an object that stays."""
-    step = np.sign(last.x - first.x), np.sign(last.y - first.y)
-    return next((name for name, to in WAYS.items() if to == step), None)
-
-
 def _draw_captioned(rng, task: str, category: str, split: str) -> Clip:
     moves = _draw_moves(rng, category)
     pairs = _shuffled(rng, draw_pairs(rng, split, len(moves)))
@@ -263,11 +244,13 @@ def _names_differ(pairs) -> bool:
 
 
 def _tell(motion: Motion, names: Sequence[str]) -> str:
-    told = []
-    for name, a, b in zip(names, motion.first.objects, motion.last.objects, strict=True):
-        to = way(a, b)
-        told.append(f'{name} moves {to}' if to else f'{name} stays')
-    return ' and '.join(told)
+    """What is where at first and where it goes, and on what ground: little is left to chance."""
+    ends = zip(names, motion.first.objects, motion.last.objects, strict=True)
+    told = [
+        f'{name} is {place(a)}' if a == b else f'{name} moves {place(a)} to {place(b)}'
+        for name, a, b in ends
+    ]
+    return f'{" and ".join(told)}, on {motion.first.background}'
 
 
 # task -> (categories, how a clip of one is drawn)

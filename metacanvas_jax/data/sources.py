@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from metacanvas_jax.data import shapes_video
 from metacanvas_jax.data.captioned import Captioned, Clips
 from metacanvas_jax.data.columns import NAMES
 from metacanvas_jax.data.records import Record, TextRecord
@@ -53,7 +52,6 @@ def clip_record(clip: Clip, data) -> Record:
     return Record(
         clip.text,
         pixels,
-        shapes_video.plan(clip.motion),
         source=None if clip.source is None else draw(clip.source),
         fps=data.fps,
         first=pixels[0] if clip.task == 'i2v' else None,
