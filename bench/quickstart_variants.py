@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from bench.record import record
+from metacanvas_jax.data.shapes import SPLITS
 
 EVERY = 100  # steps of which the mean is taken
 SIZE, LEFT, TOP = (640, 320), 48, 12
@@ -28,6 +29,12 @@ def curve(workdir: pathlib.Path) -> list[float]:
     losses = np.array([json.loads(line)['loss'] for line in lines])
     whole = len(losses) // EVERY * EVERY
     return losses[:whole].reshape(-1, EVERY).mean(1).round(4).tolist()
+
+
+def overall(score: dict, split: str) -> float:
+    """Of a run of several tasks their mean."""
+    tables = [score] if split in score else [t for t in score.values() if isinstance(t, dict)]
+    return float(np.mean([table[split]['overall'] for table in tables]))
 
 
 def plot(curves: dict[str, list[float]], scores: dict[str, dict]) -> Image.Image:
@@ -51,9 +58,7 @@ def plot(curves: dict[str, list[float]], scores: dict[str, dict]) -> Image.Image
     for i, (name, losses) in enumerate(curves.items()):
         points = [at(step + 1, loss) for step, loss in enumerate(losses)]
         draw.line(points, fill=COLOURS[i], width=2)
-        told = ' / '.join(
-            f'{scores[name][split]["overall"]:.2f}' for split in ('train', 'held_out')
-        )
+        told = ' / '.join(f'{overall(scores[name], split):.2f}' for split in SPLITS)
         draw.text((SIZE[0] - 230, TOP + 6 + 16 * i), f'{name}: {told}', fill=COLOURS[i], font=font)
     return image
 
