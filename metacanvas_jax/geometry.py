@@ -46,8 +46,8 @@ class Geometry:
 
     @property
     def moves(self) -> bool:
-        """Whether this system makes videos."""
-        return self.frames(None) > 1
+        """Whether this system makes videos: its autoencoder is one of videos, or its data are."""
+        return self.time_stride > 1 or self.frames(None) > 1
 
     @classmethod
     def of(cls, config: ConfigDict, model: MetaCanvas) -> 'Geometry':
