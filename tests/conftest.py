@@ -1,10 +1,9 @@
 """Eight CPU devices, no network, a compile cache; `-m gpu` opens the GPU instead.
 
-Most of the time goes into compiling programs that run once, so they are not optimized on a CPU,
-written by the emitters that are quick to compile (three times as fast), and not cut up for threads.
+Most of the time goes into compiling programs that run once, so they are not optimized on a CPU, and
+written by the emitters that are quick to compile (three times as fast).
 """
 
-import gc
 import getpass
 import importlib.metadata
 import os
@@ -14,7 +13,7 @@ import tempfile
 import pytest
 
 _DEVICES = '--xla_force_host_platform_device_count=8'
-_QUICK = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+_QUICK = '--xla_cpu_use_fusion_emitters=false'
 _VERSIONS = '-'.join(importlib.metadata.version(name) for name in ('jax', 'jaxlib'))
 
 
@@ -46,12 +45,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if marked and not _has_gpu():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason='no GPU here, or not asked for: pytest -m gpu'))
-
-
-def pytest_collection_finish() -> None:
-    """Tracing makes many small objects: what is loaded is not looked through each time."""
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 def _has_gpu() -> bool:
