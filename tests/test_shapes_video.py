@@ -23,9 +23,7 @@ from metacanvas_jax.types import InputError
 DRAWS = 600
 COLOUR, SHAPE = '|'.join(COLOURS), '|'.join(SHAPES)
 CORNER = '(north|south)(west|east)'
-SENTENCE = re.compile(
-    rf'(?:(a|an) ({COLOUR})|(the)) ({SHAPE}) (?:moves {CORNER} to {CORNER}|is {CORNER})'
-)
+WORDS = re.compile(rf'^(?:({COLOUR}) )?({SHAPE}) {CORNER}$')
 STEPS = ((1, 0), (-1, 0), (0, -1), (0, 1), (0, 0))
 CASES = [*itertools.product(CLIPS, SPLITS)]
 CLIPS_OF = {case: [ShapeClips(0, case[1], case[0])[i] for i in range(DRAWS)] for case in CASES}
@@ -37,19 +35,17 @@ def case(request):
 
 
 def told(text):
-    """Sentence -> ([(colour or None, shape, corner at first, at last)], ground), by other means
+    """Caption -> ([(colour or None, shape, corner at first, at last)], ground), by other means
     than the writer's.
     """
-    said, ground = text.split(', on ')
+    (first, ground), (last, same) = (scene.split(', on ') for scene in text.split('. '))
+    assert ground == same
     found = []
-    for part in said.split(' and '):
-        match = SENTENCE.fullmatch(part)
-        assert match, part
-        article, colour, the, shape, *at = match.groups()
-        assert the or (article == 'an') == (colour[0] in 'aeiou')
-        first, last, stays = (tuple(at[i : i + 2]) for i in (0, 2, 4))
-        assert first != last or stays != (None, None)
-        found.append((colour, shape, *((first, last) if first[0] else (stays, stays))))
+    for words in zip(first.split(', '), last.split(', '), strict=True):
+        (*named, a, b), (*again, c, d) = (WORDS.findall(part)[0] for part in words)
+        assert named == again
+        colour, shape = named
+        found.append((colour or None, shape, (a, b), (c, d)))
     return found, ground
 
 
