@@ -95,6 +95,7 @@ class Encoder:
     min_pixels: int  # of a picture as the MLLM sees it
     max_pixels: int
     plan_tokens: int = 0  # the longest plan that the MLLM writes before it draws; 0: none
+    planned: tuple[str, ...] | None = None  # tasks that it writes plans for; None: all
     max_text: int | None = None  # tokens of a prompt to draw from that the MLLM reads
     side: int | None = None  # of the squares that pictures to draw from become; None: shape kept
     frames: int = 8  # that it sees of a video to draw from
@@ -103,8 +104,12 @@ class Encoder:
         """A prompt to draw from: its response is the plan, or empty, as in the paper."""
         if self.max_text is not None:
             text = self.tokenizer.cut(text, self.max_text)
-        response = plan if self.plan_tokens else ''
+        response = plan if self.plans(task) else ''
         return self.tokenizer.chat(TASKS[task].prompt(text), response, media=shown)[0]
+
+    def plans(self, task: str) -> int:
+        """The longest plan that it writes for such a prompt, in tokens."""
+        return self.plan_tokens if self.planned is None or task in self.planned else 0
 
     def show(self, task: str, record: Record) -> list[Media]:
         """What of a record the MLLM sees in front of such a prompt."""
