@@ -18,7 +18,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
-from metacanvas_jax.build import check_size, choose, part_sizes, picture_size, size_multiple
+from metacanvas_jax.build import (
+    COMPONENTS,
+    PARTS,
+    check_size,
+    choose,
+    part_sizes,
+    picture_size,
+    size_multiple,
+)
 from metacanvas_jax.caching import cached_readers, fill, from_cache, open_caches
 from metacanvas_jax.canvas.pca import pca_map
 from metacanvas_jax.checkpoint import RunCheckpoints, save_weights
@@ -320,13 +328,25 @@ def overall(scores: dict) -> dict:
 
 
 def export_weights(config: ConfigDict, state, workdir: pathlib.Path) -> None:
-    """WORKDIR/weights: the MLLM in bf16, as `config.weights.mllm` takes it."""
-    arrays = {
-        '/'.join(map(str, path)): np.asarray(value[...].astype(jnp.bfloat16))
+    """WORKDIR/weights: what learned, in bf16, as `config.weights` takes it.
+
+    Of a language model that is its folder; of a system, a folder for each of its parts.
+    """
+    parts = COMPONENTS[config.objective]
+    flat = {
+        '/'.join(map(str, path)): value
         for path, value in nnx.to_flat_state(merge(state, nnx.State({})))
     }
-    if jax.process_index() == 0:
-        save_weights(workdir / 'weights', arrays, part_sizes(config, 'mllm').to_json())
+    for name, prefix in parts.items():
+        arrays = {
+            path.removeprefix(prefix): np.asarray(value[...].astype(jnp.bfloat16))
+            for path, value in flat.items()
+            if path.startswith(prefix)
+        }
+        if arrays and jax.process_index() == 0:
+            sizes = part_sizes(config, name).to_json() if name in PARTS else {}
+            folder = workdir / 'weights' / (name if len(parts) > 1 else '')
+            save_weights(folder, arrays, sizes)
 
 
 def _silent(*_) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -18,9 +19,11 @@ from metacanvas_jax.checkpoint import save_weights
 from metacanvas_jax.loading import starting_model
 from metacanvas_jax.mllm.config import read_config
 from metacanvas_jax.sharding import make_mesh, shardings
+from metacanvas_jax.train.state import start
 from metacanvas_jax.types import InputError
 from metacanvas_jax.weights import load_weights, match_weights, place_weights, weight_shapes
 from tests import published, tiny
+from tests.test_bad_input import script
 
 
 def test_weights_round_trip(tmp_path):
@@ -177,3 +180,26 @@ def test_a_run_starts_from_either(target, tmp_path):
         np.testing.assert_array_equal(leaf.get_value(), theirs[path].get_value())
         if path[0] == 'mllm':
             np.testing.assert_array_equal(leaf.get_value(), arrays['/'.join(path[1:])])
+
+
+def test_a_system_starts_from_what_another_learned(tmp_path):
+    """A folder for each part that learns, in bf16."""
+    config = tiny.config()
+    config.canvas.fuse, config.weights.mllm = 'none', 'random'
+    config.trainable = ('context/.*', 'backbone/.*')
+    mesh, parts = make_mesh(), {'backbone': 'backbone/', 'context_connector': 'context/text/'}
+    _, trainable, _ = starting_model(config, mesh)
+    random = np.random.default_rng(0)
+    learned = jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape), a.dtype), trainable)
+    with script('train') as train:
+        state, _ = start(learned, optax.identity(), ema=False, mesh=mesh)
+        train.export_weights(config, state, tmp_path)
+    assert sorted(os.listdir(tmp_path / 'weights')) == sorted(parts)
+    for name in parts:
+        config.weights[name] = str(tmp_path / 'weights' / name)
+    config.seed = 1
+    _, again, _ = starting_model(config, mesh)
+    flat = dict(nnx.to_flat_state(again))
+    for path, value in nnx.to_flat_state(learned):
+        half = np.asarray(value.get_value().astype(jnp.bfloat16), np.float32)
+        np.testing.assert_array_equal(flat[path].get_value(), half)
