@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import quickstart
+from configs import quickstart, quickstart_wan
 from metacanvas_jax.build import build_model, size_multiple
 from metacanvas_jax.data.loader import Loader
 from metacanvas_jax.data.shapes import SPLITS
 from metacanvas_jax.data.sources import SOURCES
-from metacanvas_jax.data.tasks import TASKS, diffusion_batch
+from metacanvas_jax.data.tasks import TASKS, Asked, diffusion_batch
+from metacanvas_jax.describe import Answer, Describer
 from metacanvas_jax.evaluate.shapes_score import EXAMS, examine
 from metacanvas_jax.geometry import Geometry
+from metacanvas_jax.loading import check_model
 from metacanvas_jax.mllm.config import PRESETS
 from metacanvas_jax.pipeline import Pipeline
 from metacanvas_jax.readers import build_readers
@@ -64,6 +66,20 @@ def test_every_task_has_shapes_of_its_own_and_no_others():
     assert {task: len(found) for task, found in shapes.items()} == dict.fromkeys(shapes, 1)
 
 
+def test_it_starts_from_what_ships():
+    """Which is what runs of configs/quickstart_wan.py learn and export."""
+    pictures, clips = (quickstart_wan.get_config(v) for v in quickstart_wan.VARIANTS)
+    shipped = {k: v for k, v in CONFIG.weights.items() if k != 'mllm'}
+    assert {*shipped, 'mllm'} == {*clips.weights}
+    clips.weights.update(shipped)
+    for config in (CONFIG, pictures, clips):
+        check_model(config)
+    assert pictures.trainable == clips.trainable == ('context/.*', 'backbone/.*')
+    clips.context.hidden += 1
+    with pytest.raises(InputError, match=r'context_connector does not fit this config: .* 257'):
+        check_model(clips)
+
+
 def test_pictures_are_drawn_by_what_draws_clips():
     geometry = Geometry(CONFIG, 2, 1, 12, takes_context=False)
     assert size_multiple(CONFIG) == 4
@@ -73,6 +89,40 @@ def test_pictures_are_drawn_by_what_draws_clips():
         geometry.frames(5, 'edit')
     with pytest.raises(InputError, match="no task 'walk'"):
         geometry.frames(5, 'walk')
+
+
+def test_plans_are_written_of_the_tasks_that_have_them(pipe, monkeypatch):
+    """In training and in drawing; the others have the paper's empty response."""
+    readers, planned = pipe._readers, []
+
+    def write(self, prompts, media, *, max_new_tokens, **settings):
+        del self, media, settings
+        assert max_new_tokens == CONFIG.prompt.plan_tokens
+        planned.extend(prompts)
+        return [Answer('on white', [])] * len(prompts)
+
+    monkeypatch.setattr(Describer, '__call__', write)
+    for task, source in SOURCES['shapes'](CONFIG.data).items():
+        record = readers.fit(task, source[0])
+        wanted = task in ('t2i', 'edit')
+        assert bool(record.plan) >= wanted
+        batch, empty = (
+            diffusion_batch(readers, task, [dataclasses.replace(record, plan=plan)], [1])
+            for plan in (record.plan or 'on white', '')
+        )
+        assert batch.texts.mllm
+        assert empty.texts.mllm
+        longer = batch.texts.mllm.length_B - empty.texts.mllm.length_B
+        assert bool(longer) == wanted, task
+        planned.clear()
+        asked = Asked(record.text, shown=readers.show(task, record))
+        pipe._texts(task, [asked], [0], 0)
+        assert len(planned) == wanted, task
+    config = quickstart.get_config('wan')
+    config.weights.update(dict.fromkeys(config.weights, 'random'))
+    config.prompt.planned = ('t2i', 'walk')
+    with pytest.raises(InputError, match="no task 'walk'"):
+        build_readers(config)
 
 
 @pytest.mark.parametrize('task', [task for task in EXAMS['six_tasks'] if task != 't2i'])
@@ -108,7 +158,7 @@ def pipe():
     assert vision
     vision = dataclasses.replace(vision, depth=2, fullatt_block_indexes=(1,))
     small = dataclasses.replace(PRESETS['tiny'], vision=vision, num_hidden_layers=1)
-    config.weights.mllm = 'random'
+    config.weights.update(dict.fromkeys(config.weights, 'random'))
     config.mllm.remat = config.backbone.remat = 'none'
     config.backbone.update(num_attention_heads=1, num_layers=1, ffn_dim=32)
     config.sample.steps = 2
