@@ -337,6 +337,11 @@ def export_weights(config: ConfigDict, state, workdir: pathlib.Path) -> None:
         '/'.join(map(str, path)): value
         for path, value in nnx.to_flat_state(merge(state, nnx.State({})))
     }
+    if other := [path for path in flat if not path.startswith(tuple(parts.values()))]:
+        raise InputError(
+            f'config.evaluate.kind is export, which writes {", ".join(parts)}; {other[0]} learned '
+            'too and is of none of these: go on from the run itself, with config.init_from'
+        )
     for name, prefix in parts.items():
         arrays = {
             path.removeprefix(prefix): np.asarray(value[...].astype(jnp.bfloat16))

@@ -194,6 +194,10 @@ def test_a_system_starts_from_what_another_learned(tmp_path):
     with script('train') as train:
         state, _ = start(learned, optax.identity(), ema=False, mesh=mesh)
         train.export_weights(config, state, tmp_path)
+        whole = nnx.merge_state(learned, nnx.State({'canvas': {'tokens': nnx.Param(jnp.ones(2))}}))
+        with pytest.raises(InputError, match='canvas/tokens learned too'):
+            train.export_weights(config, state.replace(trainable=whole), tmp_path / 'other')
+    assert not (tmp_path / 'other').exists()
     assert sorted(os.listdir(tmp_path / 'weights')) == sorted(parts)
     for name in parts:
         config.weights[name] = str(tmp_path / 'weights' / name)
