@@ -73,6 +73,7 @@ def wan(config: ConfigDict) -> None:
     config.steps = 1300
     config.batch_size = 32
     config.video_batch_size = 8
+    config.weights.mllm = 'tiny_qwen_clips'  # which plans clips too
     config.weights.backbone = 'tiny_wan/backbone'
     config.weights.context_connector = 'tiny_wan/context_connector'
     config.backbone = dict(
@@ -91,8 +92,7 @@ def wan(config: ConfigDict) -> None:
         text_embedder='none',
     )
     config.vae.stride = 2
-    config.prompt.planned = ('t2i', 'edit')  # the MLLM was never taught to plan clips
-    config.prompt.update(buckets=(56, 72, 80, 96, 128), pictures=(1, 2, 3, 4))
+    config.prompt.update(plan_tokens=36, buckets=(56, 72, 96, 112, 128), pictures=(1, 2, 3, 4))
     config.context.skip = 14
     config.canvas.update(grid=(3, 3), keyframes=3, frame_seconds=1 / 4)
     config.data.update(size=24, frames=5, fps=4.0, references=2, text_dropout=0.0)

@@ -7,13 +7,16 @@
         --config.weights.mllm=runs/eyes/weights
     python train.py --config configs/quickstart_mllm.py:relations --workdir runs/relations \\
         --config.weights.mllm=runs/answers/weights
+    python train.py --config configs/quickstart_mllm.py:clips --workdir runs/clips \\
+        --config.weights.mllm=runs/relations/weights
 
 Captions to plans of pictures, questions about layouts and edits of them, in words; then the same of
-pictures; then mostly questions; then those that it still mistakes. It reads of all pairs of colours
-and shapes, as a large MLLM has, and sees those of the train split. The weights that ship as
-metacanvas_jax/assets/tiny_qwen are what the last command wrote to WORKDIR/weights; about 20 minutes
-each on two CPU cores. (The first two were run at be3c584, where answers did not yet repeat their
-questions.)
+pictures; then mostly questions; then those that it still mistakes; then plans of clips. It reads of
+all pairs of colours and shapes, as a large MLLM has, and sees those of the train split. The weights
+that ship as metacanvas_jax/assets/tiny_qwen are what the fourth command wrote to WORKDIR/weights,
+and tiny_qwen_clips, which plans for configs/quickstart.py:wan, what the fifth one did; 20 to 30
+minutes each on two CPU cores. (The first two were run at be3c584, where answers did not yet repeat
+their questions.)
 """
 
 from ml_collections import ConfigDict
@@ -51,7 +54,22 @@ def relations(config: ConfigDict) -> None:
     config.optimizer.cooldown_steps = 1000
 
 
-VARIANTS = {'words': words, 'eyes': eyes, 'answers': answers, 'relations': relations}
+def clips(config: ConfigDict) -> None:
+    """From what `relations` wrote: plans of all that a Wan draws, from texts and what they show."""
+    config.steps = 1600
+    config.data.update(size=24, frames=5, fps=4.0)
+    config.data.tasks = dict(t2i=0.1, edit=0.2, t2v=0.1, i2v=0.2, v2v=0.2, r2v=0.2)
+    config.prompt.pictures = (1, 2, 3, 4)
+    config.optimizer.cooldown_steps = 1400
+
+
+VARIANTS = {
+    'words': words,
+    'eyes': eyes,
+    'answers': answers,
+    'relations': relations,
+    'clips': clips,
+}
 
 
 def get_config(variant: str = 'words') -> ConfigDict:

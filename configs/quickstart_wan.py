@@ -24,11 +24,11 @@ def pictures(config: ConfigDict) -> None:
 
 
 def clips(config: ConfigDict) -> None:
-    """From what `pictures` wrote."""
-    config.steps = 4500
-    config.data.tasks = dict(t2i=0.15, edit=0.15, t2v=0.2, i2v=0.15, v2v=0.15, r2v=0.2)
-    config.weights.update(backbone=None, context_connector=None)
-    config.optimizer.update(lr=2e-3, cooldown_steps=3500)
+    """From what `pictures` wrote, with the MLLM that plans clips too."""
+    config.steps = 3600
+    config.data.tasks = dict(t2i=0.25, edit=0.2, t2v=0.15, i2v=0.1, v2v=0.15, r2v=0.15)
+    config.weights.update(mllm='tiny_qwen_clips', backbone=None, context_connector=None)
+    config.optimizer.update(lr=2e-3, cooldown_steps=2800)
 
 
 VARIANTS = {'pictures': pictures, 'clips': clips}

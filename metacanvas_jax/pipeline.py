@@ -365,12 +365,12 @@ class Pipeline:
         """
         encoder = self._readers.mllm
         rows = [row for row, one in enumerate(asked) if one.text]
-        if encoder is not None and encoder.plans(task) and rows:
+        if encoder is not None and encoder.plan_tokens and rows:
             sees = TASKS[task].seen is not None
             answers = self.describer(
                 [TASKS[task].prompt(asked[row].text) for row in rows],
                 [asked[row].shown for row in rows] if sees else None,
-                max_new_tokens=encoder.plans(task),
+                max_new_tokens=encoder.plan_tokens,
                 temperature=self.config.sample.temperature,
                 seed=seed,
                 indices=[indices[row] for row in rows],

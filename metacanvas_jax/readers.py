@@ -18,7 +18,7 @@ from metacanvas_jax.data import visuals
 from metacanvas_jax.data.flux_prompts import FluxClipTokenizer, FluxT5Tokenizer
 from metacanvas_jax.data.prompts import ChatTokenizer
 from metacanvas_jax.data.sana_prompts import READS
-from metacanvas_jax.data.tasks import Encoder, Readers, TextTokenizer, check_tasks
+from metacanvas_jax.data.tasks import Encoder, Readers, TextTokenizer
 from metacanvas_jax.data.visuals import Bucket, Visuals
 from metacanvas_jax.data.wan_prompts import WanTokenizer
 from metacanvas_jax.mllm.windows import VisionBuckets
@@ -26,8 +26,6 @@ from metacanvas_jax.types import InputError
 
 
 def build_encoder(config: ConfigDict) -> Encoder:
-    if (planned := config.prompt.get('planned')) is not None:
-        check_tasks(planned)
     return Encoder(
         tokenizer=ChatTokenizer(_tokenizer(config, 'prompt', 'mllm')),
         mllm=part_sizes(config, 'mllm'),
@@ -38,7 +36,6 @@ def build_encoder(config: ConfigDict) -> Encoder:
         min_pixels=config.prompt.min_pixels,
         max_pixels=config.prompt.max_pixels,
         plan_tokens=config.prompt.plan_tokens,
-        planned=planned,
         max_text=config.prompt.max_text,
         side=config.prompt.get('side'),
     )

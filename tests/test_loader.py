@@ -31,16 +31,16 @@ MIXED = dict(layout=0.4, dialogue=0.3, picture=0.3)
 
 
 class Data:
-    seed, size = SEED, SIZE
+    seed, size, frames, fps = SEED, SIZE, 5, 4.0
 
 
-def encoder(buckets=(64, 160)) -> Encoder:
+def encoder(buckets=(64, 160), pictures=(1,)) -> Encoder:
     tokenizer = ChatTokenizer(FOLDER)
     return Encoder(
         tokenizer,
         PRESETS['tiny'],
         buckets=buckets,
-        vision_buckets=VisionBuckets(pictures=(1,), windows=(4,)),
+        vision_buckets=VisionBuckets(pictures=pictures, windows=(4,)),
         min_pixels=64 * 64,
         max_pixels=64 * 64,
     )
@@ -214,15 +214,19 @@ def test_prompts_end_with_the_end_and_pad_on_the_right():
         encoder(buckets=(7, 9)).prompts(chats)
 
 
-@pytest.mark.parametrize('task', ['dialogue', 'picture'])
+@pytest.mark.parametrize('task', ['dialogue', 'picture', 't2v', 'v2v'])
 def test_weights_cover_the_response_and_its_end(published, task):
+    """Which is the plan of what could be drawn."""
     records = [SOURCES['shapes_text'](Data)[task][i] for i in range(6)]
-    records.append(TextRecord('a question', '', records[0].pictures))
-    batch = text_batch(encoder(), task, records, np.zeros(len(records)))
-    assert (batch.prompt.vision is None) == (task == 'dialogue')
+    draws = task in TASKS
+    if not draws:
+        records.append(TextRecord('a question', '', records[0].pictures))
+    batch = text_batch(encoder(pictures=(1, 3)), task, records, np.zeros(len(records)))
+    assert (batch.prompt.vision is None) == (task in ('dialogue', 't2v'))
     assert set(np.unique(batch.weight_BL)) == {0, 1}
     for record, ids, weight in zip(records, batch.prompt.ids_BL, batch.weight_BL, strict=True):
         learned = published.decode(ids[weight == 1])
-        assert learned == f'{record.assistant}<|im_end|>'
+        wanted, user = (record.plan, record.text) if draws else (record.assistant, record.user)
+        assert learned == f'{wanted}<|im_end|>'
         first = int(np.argmax(weight))
-        assert published.decode(ids[:first]).endswith('<|im_start|>assistant\n')
+        assert published.decode(ids[:first]).endswith(f'{user}<|im_end|>\n<|im_start|>assistant\n')

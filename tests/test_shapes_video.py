@@ -23,7 +23,10 @@ from metacanvas_jax.types import InputError
 DRAWS = 600
 COLOUR, SHAPE = '|'.join(COLOURS), '|'.join(SHAPES)
 CORNER = '(north|south)(west|east)'
-WORDS = re.compile(rf'^(?:({COLOUR}) )?({SHAPE}) {CORNER}$')
+SENTENCE = re.compile(
+    rf'(?:(a|an) ({COLOUR})|(the)) ({SHAPE}) (?:moves {CORNER} to {CORNER}|is {CORNER})'
+)
+LISTED = re.compile(rf'{CORNER} (?:({COLOUR}) ({SHAPE})|nothing)')
 STEPS = ((1, 0), (-1, 0), (0, -1), (0, 1), (0, 0))
 CASES = [*itertools.product(CLIPS, SPLITS)]
 CLIPS_OF = {case: [ShapeClips(0, case[1], case[0])[i] for i in range(DRAWS)] for case in CASES}
@@ -35,18 +38,31 @@ def case(request):
 
 
 def told(text):
-    """Caption -> ([(colour or None, shape, corner at first, at last)], ground), by other means
+    """Sentence -> ([(colour or None, shape, corner at first, at last)], ground), by other means
     than the writer's.
     """
-    (first, ground), (last, same) = (scene.split(', on ') for scene in text.split('. '))
-    assert ground == same
+    said, ground = text.split(', on ')
     found = []
-    for words in zip(first.split(', '), last.split(', '), strict=True):
-        (*named, a, b), (*again, c, d) = (WORDS.findall(part)[0] for part in words)
-        assert named == again
-        colour, shape = named
-        found.append((colour or None, shape, (a, b), (c, d)))
+    for part in said.split(' and '):
+        match = SENTENCE.fullmatch(part)
+        assert match, part
+        article, colour, the, shape, *at = match.groups()
+        assert the or (article == 'an') == (colour[0] in 'aeiou')
+        first, last, stays = (tuple(at[i : i + 2]) for i in (0, 2, 4))
+        assert first != last or stays != (None, None)
+        found.append((colour, shape, *((first, last) if first[0] else (stays, stays))))
     return found, ground
+
+
+def planned(plan):
+    """Plan -> [({corner: (colour, shape)}, ground) of each frame that it tells]."""
+    found = []
+    for scene in plan.split('. '):
+        said, ground = scene.split(', on ')
+        listed = [LISTED.fullmatch(words).groups() for words in said.split(', ')]
+        assert len({(y, x) for y, x, *_ in listed}) == len(listed) == 4
+        found.append(({(y, x): (c, s) for y, x, c, s in listed if c}, ground))
+    return found
 
 
 def corner(o):
@@ -115,6 +131,15 @@ def test_captions_tell_the_motion(task, split):
             assert [colour for colour, *_ in words] == [c for c, _ in pairs(clip.motion.first)]
         assert clip.source is None
         assert bool(clip.references) == (task == 'r2v')
+
+
+def test_plans_tell_the_first_frame_and_the_last(case):
+    for clip in CLIPS_OF[case]:
+        ends = clip.motion.first, clip.motion.last
+        assert planned(clip.plan) == [
+            ({corner(o): (o.colour, o.shape) for o in scene.objects}, scene.background)
+            for scene in ends
+        ]
 
 
 @pytest.mark.parametrize('split', SPLITS)

@@ -3,10 +3,9 @@
 One or two objects go at constant speed from one corner to the next, or stay; the camera is still.
 Clips are addressed like pictures of shapes.py, at any number of frames and any size:
 
-    t2v, i2v   'red circle northwest, blue square southeast, on white. red circle northeast, blue
-               square southeast, on white', which are the first scene and the last one
+    t2v, i2v   'a red circle moves northwest to northeast and a blue square is southeast, on white'
     v2v        'make the red circle green', of a clip whose twin is the target
-    r2v        'circle northwest, on white. circle northeast, on white'; a picture shows its colour
+    r2v        'the circle moves northwest to northeast, on white', whose colour a picture shows
 """
 
 import functools
@@ -35,7 +34,7 @@ from metacanvas_jax.data.shapes import (
     shapes_differ,
     share_covered,
 )
-from metacanvas_jax.data.shapes_text import place
+from metacanvas_jax.data.shapes_text import layout, place
 from metacanvas_jax.types import InputError
 
 MOTIONS = {  # category -> whether each object moves
@@ -78,6 +77,11 @@ class Clip:
     motion: Motion
     source: Motion | None = None
     references: tuple[Scene, ...] = ()
+
+    @property
+    def plan(self) -> str:
+        """The first frame and the last one, place after place."""
+        return f'{layout(self.motion.first)}. {layout(self.motion.last)}'
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def _draw_captioned(rng, task: str, category: str, split: str) -> Clip:
     moves = _draw_moves(rng, category)
     pairs = _shuffled(rng, draw_pairs(rng, split, len(moves)))
     motion = _draw_motion(rng, moves, pairs)
-    return Clip(task, category, _tell(motion, [' '.join(pair) for pair in pairs]), motion)
+    return Clip(task, category, _tell(motion, [phrase(*pair) for pair in pairs]), motion)
 
 
 def _draw_referenced(rng, task: str, category: str, split: str) -> Clip:
@@ -166,7 +170,7 @@ def _draw_referenced(rng, task: str, category: str, split: str) -> Clip:
     motion = _draw_motion(rng, moves, pairs)
     ground = pick(rng, tuple(BACKGROUNDS))
     alone = tuple(Scene(ground, (Object(s, c, 0.5, 0.5, _CROP),)) for c, s in pairs)
-    text = _tell(motion, [shape for _, shape in pairs])
+    text = _tell(motion, [f'the {shape}' for _, shape in pairs])
     return Clip(task, category, text, motion, references=alone)
 
 
@@ -245,12 +249,13 @@ def _names_differ(pairs) -> bool:
 
 
 def _tell(motion: Motion, names: Sequence[str]) -> str:
-    """The first scene and the last one, in the words in which the MLLM has read of scenes."""
-    return '. '.join(
-        f'{", ".join(f"{name} {place(o)}" for name, o in zip(names, scene.objects, strict=True))}'
-        f', on {scene.background}'
-        for scene in (motion.first, motion.last)
-    )
+    """What is where at first and where it goes, and on what ground: little is left to chance."""
+    ends = zip(names, motion.first.objects, motion.last.objects, strict=True)
+    told = [
+        f'{name} is {place(a)}' if a == b else f'{name} moves {place(a)} to {place(b)}'
+        for name, a, b in ends
+    ]
+    return f'{" and ".join(told)}, on {motion.first.background}'
 
 
 # task -> (categories, how a clip of one is drawn)

@@ -52,6 +52,7 @@ def clip_record(clip: Clip, data) -> Record:
     return Record(
         clip.text,
         pixels,
+        clip.plan,
         source=None if clip.source is None else draw(clip.source),
         fps=data.fps,
         first=pixels[0] if clip.task == 'i2v' else None,
@@ -118,19 +119,24 @@ def _pictures(source) -> dict:
     return {'t2i': source, 'recon': source}
 
 
-# config.data.source -> {task: source}
-SOURCES = {
-    'captioned': _captioned,
-    'shapes': lambda data: {
+def _shapes(data) -> dict:
+    return {
         **_pictures(Drawn(Shapes(data.seed, 'train'), picture_record, data)),
         'edit': Drawn(ShapeEdits(data.seed, 'train'), edit_record, data),
         **{task: Drawn(ShapeClips(data.seed, 'train', task), clip_record, data) for task in CLIPS},
-    },
+    }
+
+
+# config.data.source -> {task: source}
+SOURCES = {
+    'captioned': _captioned,
+    'shapes': _shapes,
     'shapes_text': lambda data: {
         'layout': _dialogues(data, 'caption'),
         'dialogue': _dialogues(data, *(kind for kind in READ if kind != 'caption')),
         'picture': _dialogues(data, *SEE),
         'picture_question': _dialogues(data, 'picture_question'),
         'picture_relation': _dialogues(data, 'picture_relation'),
+        **_shapes(data),  # whose plans are to be written
     },
 }

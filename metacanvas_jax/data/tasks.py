@@ -95,7 +95,6 @@ class Encoder:
     min_pixels: int  # of a picture as the MLLM sees it
     max_pixels: int
     plan_tokens: int = 0  # the longest plan that the MLLM writes before it draws; 0: none
-    planned: tuple[str, ...] | None = None  # tasks that it writes plans for; None: all
     max_text: int | None = None  # tokens of a prompt to draw from that the MLLM reads
     side: int | None = None  # of the squares that pictures to draw from become; None: shape kept
     frames: int = 8  # that it sees of a video to draw from
@@ -104,12 +103,8 @@ class Encoder:
         """A prompt to draw from: its response is the plan, or empty, as in the paper."""
         if self.max_text is not None:
             text = self.tokenizer.cut(text, self.max_text)
-        response = plan if self.plans(task) else ''
+        response = plan if self.plan_tokens else ''
         return self.tokenizer.chat(TASKS[task].prompt(text), response, media=shown)[0]
-
-    def plans(self, task: str) -> int:
-        """The longest plan that it writes for such a prompt, in tokens."""
-        return self.plan_tokens if self.planned is None or task in self.planned else 0
 
     def show(self, task: str, record: Record) -> list[Media]:
         """What of a record the MLLM sees in front of such a prompt."""
@@ -291,25 +286,37 @@ def diffusion_batch(readers: Readers, task: str, records: Sequence[Record], lots
     )
 
 
-def text_batch(encoder: Encoder, task: str, records: Sequence[TextRecord], lots) -> TextBatch:
+def text_batch(
+    encoder: Encoder, task: str, records: Sequence[TextRecord | Record], lots
+) -> TextBatch:
     """The loss is on the assistant's words and its end of sequence.
 
-    Either all records of a task show pictures, or none does.
+    Of what could be drawn, the assistant's words are the plan. Either all records of a task show
+    something, or none does.
     """
-    del task, lots
-    media = [encoder.see(record.pictures) for record in records]
+    del lots
+    users, assistants, media = zip(
+        *(_turn(encoder, task, record) for record in records), strict=True
+    )
     chats, answers = zip(
         *(
-            encoder.tokenizer.chat(record.user, record.assistant, media=shown)
-            for record, shown in zip(records, media, strict=True)
+            encoder.tokenizer.chat(user, assistant, media=shown)
+            for user, assistant, shown in zip(users, assistants, media, strict=True)
         ),
         strict=True,
     )
-    prompt = encoder.prompts(chats, media if records[0].pictures else None)
+    prompt = encoder.prompts(chats, media if media[0] else None)
     weight_BL = np.zeros(prompt.ids_BL.shape, np.float32)
     for row, (ids, answer) in enumerate(zip(chats, answers, strict=True)):
         weight_BL[row, len(ids) - answer : len(ids)] = 1
     return TextBatch(prompt=prompt, weight_BL=weight_BL)
+
+
+def _turn(encoder: Encoder, task: str, record: TextRecord | Record) -> tuple[str, str, list[Media]]:
+    """(user, assistant, what is shown)"""
+    if isinstance(record, TextRecord):
+        return record.user, record.assistant, encoder.see(record.pictures)
+    return TASKS[task].prompt(record.text), record.plan, encoder.show(task, record)
 
 
 # What a training objective is fed with.
