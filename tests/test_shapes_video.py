@@ -26,7 +26,7 @@ CORNER = '(north|south)(west|east)'
 SENTENCE = re.compile(
     rf'(?:(a|an) ({COLOUR})|(the)) ({SHAPE}) (?:moves {CORNER} to {CORNER}|is {CORNER})'
 )
-LISTED = re.compile(rf'{CORNER} (?:({COLOUR}) ({SHAPE})|nothing)')
+LISTED = re.compile(rf'^{CORNER} (?:({COLOUR}) ({SHAPE})|nothing)$')
 STEPS = ((1, 0), (-1, 0), (0, -1), (0, 1), (0, 0))
 CASES = [*itertools.product(CLIPS, SPLITS)]
 CLIPS_OF = {case: [ShapeClips(0, case[1], case[0])[i] for i in range(DRAWS)] for case in CASES}
@@ -59,7 +59,7 @@ def planned(plan):
     found = []
     for scene in plan.split('. '):
         said, ground = scene.split(', on ')
-        listed = [LISTED.fullmatch(words).groups() for words in said.split(', ')]
+        listed = [LISTED.findall(words)[0] for words in said.split(', ')]
         assert len({(y, x) for y, x, *_ in listed}) == len(listed) == 4
         found.append(({(y, x): (c, s) for y, x, c, s in listed if c}, ground))
     return found
