@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -29,14 +30,16 @@ from metacanvas_jax.weights import comes_from_weights, match_weights, place_weig
 
 def check_model(config: ConfigDict) -> nnx.filterlib.Filter:
     """Which parameters learn; refuses patterns and weights that do not fit, in no time."""
-    wanted, trainable, frozen = _what_learns(config)
+    wanted, trainable, frozen = _what_learns(config, functools.partial(build_model, config))
     _check_run_before(config, trainable, frozen)
     return wanted
 
 
-def _what_learns(config: ConfigDict) -> tuple[nnx.filterlib.Filter, nnx.State, nnx.State]:
+def _what_learns(
+    config: ConfigDict, make: Callable[[jax.Array], nnx.Module]
+) -> tuple[nnx.filterlib.Filter, nnx.State, nnx.State]:
     """As a filter, and as shapes beside those of what is frozen."""
-    model = jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))
+    model = jax.eval_shape(make, jax.random.key(0))
     for weights in _weights(config):
         match_weights(nnx.state(model), *weights.place, **weights.differ)
     wanted = trainable_filter(config.trainable, model)
@@ -82,8 +85,8 @@ def _refuse_frozen_noise(config: ConfigDict, trainable: nnx.State, frozen: nnx.S
 
 def starting_model(config: ConfigDict, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """The model that a run starts from: initial values, with published weights over them."""
-    make = functools.partial(build_model, config)
-    wanted, *shapes = _what_learns(config)
+    make = jax.jit(functools.partial(build_model, config))  # so that it is traced once
+    wanted, *shapes = _what_learns(config, make)
     shapes, weights = nnx.merge_state(*shapes), _weights(config)
     given = {path for w in weights for path in match_weights(shapes, *w.place, **w.differ).values()}
     graphdef, *parts = split_model(
