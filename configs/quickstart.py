@@ -70,7 +70,7 @@ def flux_no_canvas(config: ConfigDict) -> None:
 
 def wan(config: ConfigDict) -> None:
     """Six tasks of pictures and clips with a Wan-shaped DiT, as stage 3 (Section 5.3) in small."""
-    config.steps = 1400
+    config.steps = 1300
     config.batch_size = 32
     config.video_batch_size = 8
     config.weights.mllm = 'tiny_qwen_clips'  # which plans clips too
@@ -97,8 +97,8 @@ def wan(config: ConfigDict) -> None:
     config.canvas.update(grid=(3, 3), keyframes=3, frame_seconds=1 / 4)
     config.data.update(size=24, frames=5, fps=4.0, references=2, text_dropout=0.0)
     config.data.tasks = dict(t2i=0.2, edit=0.15, t2v=0.2, i2v=0.15, v2v=0.15, r2v=0.15)
-    config.optimizer.cooldown_steps = 1300
-    config.sample.update(every=1400, guidance=1.0, temperature=0.0)
+    config.optimizer.update(lr=1e-3, cooldown_steps=1200)
+    config.sample.update(every=1300, steps=12, guidance=1.0, temperature=0.0)
     config.evaluate.update(kind='six_tasks', per_category=16, batch_size=16)
 
 

@@ -4,11 +4,14 @@
     python train.py --config configs/quickstart_wan.py:clips --workdir runs/wan_clips \\
         --config.weights.backbone=runs/wan_pictures/weights/backbone \\
         --config.weights.context_connector=runs/wan_pictures/weights/context_connector
+    python train.py --config configs/quickstart_wan.py:more_clips --workdir runs/wan_more \\
+        --config.weights.backbone=runs/wan_clips/weights/backbone \\
+        --config.weights.context_connector=runs/wan_clips/weights/context_connector
 
 What the paper starts from is a Wan that draws; so does configs/quickstart.py:wan. DiT and context
 connector learn, first of pictures, then of all six tasks, with the MLLM's text interface alone. The
 weights that ship as metacanvas_jax/assets/tiny_wan are what the last command wrote to
-WORKDIR/weights; about 20 and 30 minutes on two CPU cores.
+WORKDIR/weights; about 20, 30 and 40 minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +34,15 @@ def clips(config: ConfigDict) -> None:
     config.optimizer.update(lr=2e-3, cooldown_steps=2800)
 
 
-VARIANTS = {'pictures': pictures, 'clips': clips}
+def more_clips(config: ConfigDict) -> None:
+    """From what `clips` wrote; a rate as high as before would first undo much of it."""
+    clips(config)
+    config.steps = 5000
+    config.data.tasks = dict(t2i=0.2, edit=0.15, t2v=0.2, i2v=0.15, v2v=0.15, r2v=0.15)
+    config.optimizer.update(lr=8e-4, cooldown_steps=4800)
+
+
+VARIANTS = {'pictures': pictures, 'clips': clips, 'more_clips': more_clips}
 
 
 def get_config(variant: str = 'pictures') -> ConfigDict:
