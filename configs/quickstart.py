@@ -20,12 +20,19 @@ from ml_collections import ConfigDict
 
 
 def sana(config: ConfigDict) -> None:
-    """The whole method."""
+    """The whole method, with a LoRA on the MLLM for canvas tokens (Appendix B.5)."""
+    _canvas_lora(config)
+
+
+def _canvas_lora(config: ConfigDict) -> None:
+    config.mllm.lora.update(rank=32, alpha=32.0, dropout=0.05)
+    config.trainable += (r'mllm/.*/lora/[ab]',)
 
 
 def no_canvas(config: ConfigDict) -> None:
     """The baseline: the MLLM speaks to the DiT through its text interface alone."""
     config.canvas.fuse = 'none'
+    config.mllm.lora.rank = 0
     config.trainable = ('context/.*', 'backbone/.*')
 
 
@@ -54,12 +61,13 @@ def flux(config: ConfigDict) -> None:
     config.pooled_encoder = dict(kind='stored', width=8)
     config.weights.pooled_encoder = 'random'
     config.prompt.buckets = (72, 128)
-    config.context.skip = 33  # all before the instruction: the DiT has the picture itself
+    # Nothing before the instruction: the DiT has the picture itself.
+    config.context.update(dropout=0.0, skip=33)
     config.flow.embedded_guidance = 1.0
     config.canvas.grid = (3, 3)
     config.data.size = 24
     config.data.tasks = dict(edit=1.0)
-    config.sample.update(guidance=1.0, embedded_guidance=1.0, temperature=0.0)
+    config.sample.update(guidance=1.0, embedded_guidance=1.0)
     config.evaluate.kind = 'edits'
 
 
@@ -71,6 +79,7 @@ def flux_no_canvas(config: ConfigDict) -> None:
 
 def wan(config: ConfigDict) -> None:
     """Six tasks of pictures and clips with a Wan-shaped DiT, as stage 3 (Section 5.3) in small."""
+    _canvas_lora(config)
     config.steps = 1300
     config.batch_size = 32
     config.video_batch_size = 8
@@ -94,12 +103,12 @@ def wan(config: ConfigDict) -> None:
     )
     config.vae.stride = 2
     config.prompt.update(plan_tokens=36, buckets=(56, 72, 96, 112, 128), pictures=(1, 2, 3, 4))
-    config.context.skip = 14
+    config.context.update(dropout=0.0, skip=14)
     config.canvas.update(grid=(3, 3), keyframes=3, frame_seconds=1 / 4)
     config.data.update(size=24, frames=5, fps=4.0, references=2, text_dropout=0.0)
     config.data.tasks = dict(t2i=0.2, edit=0.15, t2v=0.2, i2v=0.15, v2v=0.15, r2v=0.15)
     config.optimizer.update(lr=1e-3, cooldown_steps=1200)
-    config.sample.update(every=1300, steps=12, guidance=1.0, temperature=0.0)
+    config.sample.update(every=1300, steps=12, guidance=1.0)
     config.evaluate.update(kind='six_tasks', per_category=16, batch_size=16)
 
 
@@ -117,6 +126,7 @@ def wan_one_keyframe(config: ConfigDict) -> None:
 
 def no_plan(config: ConfigDict) -> None:
     """The paper's prompt: an empty response stands before the canvas."""
+    _canvas_lora(config)
     config.prompt.update(plan_tokens=0, buckets=(40, 64, 128))
 
 
@@ -161,7 +171,13 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         min_pixels=64 * 64,
         max_pixels=64 * 64,
     )
-    config.context = dict(kind='mllm', hidden=256, activation='gelu_tanh', dropout=0.0, skip=23)
+    config.context = dict(
+        kind='mllm',
+        hidden=256,
+        activation='gelu_tanh',
+        dropout=0.3,  # pairs that were never seen: 0.63 becomes 0.88
+        skip=23,
+    )
     config.canvas = dict(
         fuse='dit',
         time='adaln',
@@ -222,7 +238,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         steps=20,
         shift=3.0,
         guidance=2.0,
-        temperature=1.0,
+        temperature=0.0,
     )
     config.evaluate = dict(kind='shapes', per_category=32, batch_size=48)
     VARIANTS[variant](config)
