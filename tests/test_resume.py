@@ -178,7 +178,7 @@ def test_what_a_run_leaves(tmp_path_factory):
     assert len({line['loss'] for line in metrics(run)}) == STEPS
     names = arrays(run)
     learned = {name.split('.')[1] for name in names if name.startswith('trainable.')}
-    assert learned == {'backbone', 'canvas', 'context'}
+    assert learned == {'backbone', 'canvas', 'context', 'mllm'}  # the LoRA
     assert any(name.startswith('opt_state.') for name in names)
     assert any(name.startswith('ema.') for name in names)
     # No carriage returns and no cursor movements where nobody watches.

@@ -242,6 +242,8 @@ def config(**canvas) -> ConfigDict:
     config.prompt.buckets = (64,)
     config.context.hidden = 32
     config.canvas.update(grid=(2, 2), **canvas)
+    if config.canvas.fuse == 'none':
+        config.mllm.lora.rank = 0
     config.backbone.update(num_attention_heads=2, num_layers=2, num_cross_attention_heads=2)
     config.backbone.update(caption_channels=24)
     config.data.size = 8

@@ -29,8 +29,10 @@ class ContextConnector(nnx.Module):
 
     def __call__(self, states_BLD, length_B, key: jax.Array | None):
         """Context and its true lengths; `key` turns dropout on (training)."""
-        hidden = ACTIVATIONS[self.activation](self.up(states_BLD[:, self.skip :]))
-        return self.down(dropout(hidden, self.dropout, key)), length_B - self.skip
+        hidden_BLD = ACTIVATIONS[self.activation](self.up(states_BLD[:, self.skip :]))
+        # Drawn token by token, so that padding, which differs between meshes, changes no draw.
+        hidden_LBD = dropout(jnp.swapaxes(hidden_BLD, 0, 1), self.dropout, key)
+        return self.down(jnp.swapaxes(hidden_LBD, 0, 1)), length_B - self.skip
 
     def read(self, readings: Readings, key: jax.Array | None):
         assert readings.prompt is not None
