@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from metacanvas_jax.canvas.config import ContextConfig
+from metacanvas_jax.canvas.context_connector import ContextConnector
 from metacanvas_jax.canvas.tokens import canvas_mask
 from metacanvas_jax.mllm.config import PRESETS, read_config
 from metacanvas_jax.mllm.positions import canvas_positions
@@ -96,6 +98,19 @@ def test_context_leaves_out_what_all_prompts_begin_with():
     np.testing.assert_array_equal(plan.context_length_B, prompt.length_B - skip)
     expected = connector.down(jax.nn.gelu(connector.up(states[:, skip:])))
     assert tiny.error(plan.context_BLD, expected) <= 1e-5
+
+
+def test_padding_changes_no_draw_of_the_dropout():
+    """Meshes pad their batches otherwise, and must learn as one."""
+    config = ContextConfig(hidden=32, activation='silu', dropout=0.3, skip=2)
+    connector = ContextConnector(config, 16, 8, rngs=nnx.Rngs(0))
+    states, length = tiny.normal(3, 9, 16), jnp.array([9, 7, 4])
+    padded = jnp.pad(states, ((0, 0), (0, 5), (0, 0)))
+    key = jax.random.key(0)
+    short, _ = connector(states, length, key)
+    long, _ = connector(padded, length, key)
+    np.testing.assert_allclose(long[:, : short.shape[1]], short, rtol=1e-6, atol=1e-6)
+    assert tiny.error(short, connector(states, length, None)[0]) > 1e-2
 
 
 # ------------------------------------------------------------ one pass
