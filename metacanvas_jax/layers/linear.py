@@ -51,7 +51,8 @@ class Lora(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         x = dropout(x, self.dropout, key)
-        return (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype) * self.scale
+        x = matmul(x, self.a[...].astype(x.dtype))
+        return matmul(x, self.b[...].astype(x.dtype)) * self.scale
 
 
 class Linear(nnx.Module):
