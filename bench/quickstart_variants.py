@@ -5,7 +5,8 @@
     done
     python -m bench.quickstart_variants quickstart_variants runs/sana runs/no_canvas runs/metaquery
 
-Writes bench/results/NAME.json, scores and losses, and docs/NAME.png, where NAME comes first.
+Writes bench/results/NAME.json, scores and losses, and docs/NAME.png, where NAME comes first; where
+runs have several tasks, NAME:TASK draws the loss of one.
 """
 
 import json
@@ -24,11 +25,15 @@ SIZE, LEFT, TOP = (640, 320), 48, 12
 COLOURS = ('#1f5fbf', '#c0392b', '#1e8449', '#8e44ad')
 
 
-def curve(workdir: pathlib.Path) -> list[float]:
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    losses = np.array([json.loads(line)['loss'] for line in lines])
-    whole = len(losses) // EVERY * EVERY
-    return losses[:whole].reshape(-1, EVERY).mean(1).round(4).tolist()
+def loss_curves(workdir: pathlib.Path) -> dict[str, list[float]]:
+    """{loss: means}, of all steps and of those of each task where there are several."""
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    parts = [lines[i : i + EVERY] for i in range(0, len(lines) - EVERY + 1, EVERY)]
+    names = sorted({name for line in lines for name in line if name.startswith('loss')})
+    return {
+        name: [round(float(np.mean([x[name] for x in part if name in x])), 4) for part in parts]
+        for name in names
+    }
 
 
 def overall(score: dict, split: str) -> float:
@@ -38,18 +43,19 @@ def overall(score: dict, split: str) -> float:
 
 
 def plot(curves: dict[str, list[float]], scores: dict[str, dict]) -> Image.Image:
-    """Loss by step, both linear, from 0 to 0.3."""
+    """Loss by step, both linear, from 0 to a ceiling over all but the first two means."""
     image = Image.new('RGB', SIZE, 'white')
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
     width, height = SIZE[0] - LEFT - 12, SIZE[1] - TOP - 36
     steps = max(map(len, curves.values()))
+    ceiling = 0.05 * np.ceil(20 * max(max(losses[2:], default=0.05) for losses in curves.values()))
 
     def at(step: float, loss: float) -> tuple[float, float]:
-        return LEFT + width * step / steps, TOP + height * (1 - min(loss, 0.3) / 0.3)
+        return LEFT + width * step / steps, TOP + height * (1 - min(loss, ceiling) / ceiling)
 
-    for loss in (0.0, 0.1, 0.2, 0.3):
+    for loss in np.linspace(0, ceiling, 6):
         draw.line([at(0, loss), at(steps, loss)], fill='#dddddd')
-        draw.text((8, at(0, loss)[1] - 7), f'{loss:.1f}', fill='black', font=font)
+        draw.text((8, at(0, loss)[1] - 7), f'{loss:.2f}', fill='black', font=font)
     for step in range(0, steps + 1, 5):
         draw.text(
             (at(step, 0)[0] - 8, TOP + height + 4), f'{step * EVERY}', fill='black', font=font
@@ -64,11 +70,14 @@ def plot(curves: dict[str, list[float]], scores: dict[str, dict]) -> Image.Image
 
 
 def main(name: str, *folders: str) -> None:
+    name, _, task = name.partition(':')
     workdirs = {pathlib.Path(folder).name: pathlib.Path(folder) for folder in folders}
-    curves = {variant: curve(workdir) for variant, workdir in workdirs.items()}
+    losses = {variant: loss_curves(workdir) for variant, workdir in workdirs.items()}
     scores = {n: json.loads((w / 'score.json').read_text()) for n, w in workdirs.items()}
-    rows = {n: {'score': scores[n], 'loss': curves[n]} for n in workdirs}
-    plot(curves, scores).save(f'docs/{name}.png')
+    rows = {n: {'score': scores[n], **losses[n]} for n in workdirs}
+    drawn = f'loss_{task}' if task else 'loss'
+    shown = {n: score[task] if task else score for n, score in scores.items()}
+    plot({n: losses[n][drawn] for n in workdirs}, shown).save(f'docs/{name}.png')
     result = {'what': 'configs/quickstart.py', 'steps_of_a_mean': EVERY, 'runs': rows}
     output = f'bench/results/{name}.json'
     record(output, result, load=os.getloadavg()[0], packages=('jax', 'flax'))
