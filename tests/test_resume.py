@@ -28,7 +28,7 @@ def get_config(variant: str = 'sana'):
     config = quickstart.get_config(variant)
     config.steps = {STEPS}
     config.batch_size = 8
-    config.context.hidden = 32
+    config.context.update(hidden=32, dropout=0.3)
     config.canvas.update(grid=(2, 2), stride=4, head_dim=32)
     config.backbone.update(num_attention_heads=2, num_layers=1, num_cross_attention_heads=2)
     config.prompt.update(buckets=(64, 96), plan_tokens=8)
