@@ -109,7 +109,9 @@ def get_config(variant: str = 'canvas') -> ConfigDict:
         prefetch=8,
     )
     config.optimizer = dict(
+        kind='adamw',
         lr=1e-6,
+        matrix_lr=0.0,
         warmup_lr=1e-6,
         warmup_steps=0,
         cooldown_steps=0,

@@ -82,10 +82,8 @@ def get_config(variant: str = 'words') -> ConfigDict:
     config.trainable = ('.*',)
     config.prompt.buckets = (56, 72, 96, 128)
     config.data.source = 'shapes_text'
-    config.optimizer.lr = 1.5e-3
-    config.optimizer.warmup_steps = 100
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.ema = 0.995
+    config.optimizer.update(kind='adamw', lr=1.5e-3, matrix_lr=0.0)
+    config.optimizer.update(warmup_steps=100, weight_decay=0.0, ema=0.995)
     config.sample.every = 0
     config.evaluate.kind = 'export'
     for group in ('context', 'canvas', 'backbone', 'vae', 'flow'):

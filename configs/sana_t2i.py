@@ -127,7 +127,9 @@ def get_config(variant: str = 'canvas') -> ConfigDict:
         prefetch=8,
     )
     config.optimizer = dict(
+        kind='adamw',
         lr=1e-4,
+        matrix_lr=0.0,
         warmup_lr=1e-5,
         warmup_steps=300,
         cooldown_steps=0,

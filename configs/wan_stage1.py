@@ -65,7 +65,9 @@ def get_config() -> ConfigDict:
         prefetch=4,
     )
     config.optimizer = dict(
+        kind='adamw',
         lr=1e-3,
+        matrix_lr=0.0,
         warmup_lr=0.0,
         warmup_steps=100,
         cooldown_steps=0,

@@ -23,7 +23,9 @@ from metacanvas_jax.types import Batch, InputError, Visual
 from tests import tiny
 
 OPTIMIZER = OptimizerConfig(
+    kind='adamw',
     lr=1e-2,
+    matrix_lr=0.0,
     warmup_lr=1e-3,
     warmup_steps=4,
     cooldown_steps=0,
@@ -258,6 +260,86 @@ def test_gradients_are_clipped_over_all_leaves_together():
     norm = np.sqrt(3 * 30**2 + 4 * 40**2)
     mu = optax.tree.get(state, 'mu')
     np.testing.assert_allclose(_flat(mu), np.repeat([3 / norm, 4 / norm], [3, 4]), rtol=1e-5)
+
+
+MUON = dataclasses.replace(OPTIMIZER, kind='muon', matrix_lr=0.05, weight_decay=0.1, clip=1e9)
+
+
+def _leaves(seed: int) -> nnx.State:
+    """Three layers of a matrix, one alone, and what is none: from channels, a table, a bias."""
+
+    def leaf(*shape, axes):
+        return nnx.Param(tiny.normal(*shape, seed=seed + len(shape)), axes=axes)
+
+    return nnx.State(
+        {
+            'layers': {
+                'kernel': leaf(3, 8, 20, axes=('embed', 'mlp')),
+                'bias': leaf(3, 20, axes=('mlp',)),
+                'table': leaf(3, 6, 8, axes=(None, 'embed')),
+            },
+            'out': {'kernel': leaf(20, 8, axes=('mlp', None))},
+            'first': {'kernel': leaf(12, 8, axes=('channels', 'embed'))},
+        }
+    )
+
+
+def _updates(config: OptimizerConfig, params: nnx.State, steps: int) -> dict:
+    """Those of the last of some steps, of warm-up's first rates."""
+    tx = make_optimizer(config, steps=100)
+    state, updates = tx.init(params), None
+    for step in range(steps):
+        updates, state = tx.update(_leaves(10 * step + 10), state, params)
+    return {'/'.join(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(updates)}
+
+
+def test_muon_makes_the_momentum_of_each_matrix_orthogonal():
+    """Newton-Schulz stops where singular values are between 0.7 and 1.2, so by the polar factor."""
+    params, steps = _leaves(0), 3
+    rate = float(learning_rate(dataclasses.replace(MUON, lr=MUON.matrix_lr), 100)(steps - 1))
+    found = _updates(MUON, params, steps)
+    gradients = [_leaves(10 * step + 10) for step in range(steps)]
+    for block, name in (('layers', 'layers/kernel'), ('out', 'out/kernel')):
+        value = np.asarray(params[block]['kernel'][...])
+        momentum = np.zeros_like(value)
+        for gradient in gradients:
+            last = np.asarray(gradient[block]['kernel'][...])
+            momentum = 0.95 * momentum + 0.05 * last
+        # Nesterov's look ahead, both parts without their bias to zero.
+        momentum = 0.95 * momentum / (1 - 0.95 ** (steps + 1)) + 0.05 * last / (1 - 0.95**steps)
+        u, _, vt = np.linalg.svd(momentum, full_matrices=False)
+        moved = -found[name] / rate - MUON.weight_decay * value
+        scaled = moved / (0.2 * np.sqrt(max(value.shape[-2:])))
+        inner = np.einsum('...ij,...ik,...kj->...j', u, scaled, np.swapaxes(vt, -1, -2))
+        assert inner.min() > 0.6
+        assert inner.max() < 1.25
+        assert np.linalg.norm(scaled - (u * inner[..., None, :]) @ vt) < 1e-3
+        rms = np.sqrt(np.mean(np.square(moved), (-2, -1)))
+        np.testing.assert_allclose(rms, 0.2, rtol=0.2)
+
+
+def test_muon_leaves_to_adamw_what_is_no_matrix():
+    params = _leaves(0)
+    found, adamw = (
+        _updates(config, params, 3)
+        for config in (MUON, dataclasses.replace(MUON, kind='adamw', matrix_lr=0.0))
+    )
+    assert found.keys() == adamw.keys()
+    same = {name for name in found if np.array_equal(found[name], adamw[name])}
+    assert same == {'layers/bias', 'layers/table', 'first/kernel'}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'match'),
+    [
+        (dict(kind='lion'), "config.optimizer.kind 'lion' is unknown; there are: adamw, muon"),
+        (dict(kind='muon'), 'muon wants one above 0'),
+        (dict(matrix_lr=0.1), "matrix_lr 0.1 with kind 'adamw'"),
+    ],
+)
+def test_an_optimizer_that_does_not_add_up_is_refused(changes, match):
+    with pytest.raises(InputError, match=match):
+        dataclasses.replace(OPTIMIZER, **changes)
 
 
 # ------------------------------------------------------------ tasks

@@ -1,4 +1,4 @@
-"""One training step: the objective's gradient for the trainable leaves, then AdamW."""
+"""One training step: the objective's gradient for the trainable leaves, then the optimizer."""
 
 import functools
 from collections.abc import Callable
