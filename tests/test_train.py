@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 
@@ -15,7 +16,7 @@ from metacanvas_jax.data.records import Record
 from metacanvas_jax.data.tasks import diffusion_batch
 from metacanvas_jax.readers import build_readers
 from metacanvas_jax.train.objective import OBJECTIVES
-from metacanvas_jax.train.optim import OptimizerConfig, learning_rate, make_optimizer
+from metacanvas_jax.train.optim import OptimizerConfig, learning_rate, make_optimizer, orthogonal
 from metacanvas_jax.train.state import split_model, start
 from metacanvas_jax.train.step import make_train_step
 from metacanvas_jax.train.trainable import parameter_sizes, trainable_filter, trainable_table
@@ -293,29 +294,35 @@ def _updates(config: OptimizerConfig, params: nnx.State, steps: int) -> dict:
     return {'/'.join(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(updates)}
 
 
-def test_muon_makes_the_momentum_of_each_matrix_orthogonal():
-    """Newton-Schulz stops where singular values are between 0.7 and 1.2, so by the polar factor."""
+@pytest.mark.parametrize('shape', [(8, 20), (20, 8), (3, 8, 20)])
+def test_orthogonal_is_that_of_optax(shape):
+    """By the first step of its Muon, and by the polar factor."""
+    x = tiny.normal(*shape)
+    numbers = optax.contrib.MuonDimensionNumbers(-2, -1)
+    theirs = optax.contrib.scale_by_muon(weight_dimension_numbers=numbers)
+    expected, _ = theirs.update(x, theirs.init(x))
+    found = np.asarray(orthogonal(x))
+    assert tiny.error(found, expected) <= 1e-5
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    values = np.einsum('...ij,...ik,...jk->...j', u, found, vt)
+    assert values.min() > 0.65
+    assert values.max() < 1.25
+    assert tiny.error((u * values[..., None, :]) @ vt, found) <= 1e-5
+
+
+def test_muon_moves_matrices_along_their_orthogonal_momentum():
     params, steps = _leaves(0), 3
     rate = float(learning_rate(dataclasses.replace(MUON, lr=MUON.matrix_lr), 100)(steps - 1))
     found = _updates(MUON, params, steps)
-    gradients = [_leaves(10 * step + 10) for step in range(steps)]
-    for block, name in (('layers', 'layers/kernel'), ('out', 'out/kernel')):
+    for block in ('layers', 'out'):
         value = np.asarray(params[block]['kernel'][...])
         momentum = np.zeros_like(value)
-        for gradient in gradients:
-            last = np.asarray(gradient[block]['kernel'][...])
-            momentum = 0.95 * momentum + 0.05 * last
-        # Nesterov's look ahead, both parts without their bias to zero.
-        momentum = 0.95 * momentum / (1 - 0.95 ** (steps + 1)) + 0.05 * last / (1 - 0.95**steps)
-        u, _, vt = np.linalg.svd(momentum, full_matrices=False)
-        moved = -found[name] / rate - MUON.weight_decay * value
-        scaled = moved / (0.2 * np.sqrt(max(value.shape[-2:])))
-        inner = np.einsum('...ij,...ik,...kj->...j', u, scaled, np.swapaxes(vt, -1, -2))
-        assert inner.min() > 0.6
-        assert inner.max() < 1.25
-        assert np.linalg.norm(scaled - (u * inner[..., None, :]) @ vt) < 1e-3
-        rms = np.sqrt(np.mean(np.square(moved), (-2, -1)))
-        np.testing.assert_allclose(rms, 0.2, rtol=0.2)
+        for step in range(steps):
+            gradient = np.asarray(_leaves(10 * step + 10)[block]['kernel'][...])
+            momentum = 0.95 * momentum + gradient
+        ahead = gradient + 0.95 * momentum  # Nesterov's
+        expected = 0.2 * np.sqrt(20) * np.asarray(orthogonal(ahead)) + 0.1 * value
+        assert tiny.error(found[f'{block}/kernel'], -rate * expected) <= 1e-5
 
 
 def test_muon_leaves_to_adamw_what_is_no_matrix():

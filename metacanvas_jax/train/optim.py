@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from metacanvas_jax.build import choose
 from metacanvas_jax.types import InputError
@@ -73,15 +73,15 @@ def adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
 
 
 def muon(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The momentum of each matrix between hidden widths is made orthogonal, layer by layer.
+    """The momentum of each matrix between hidden widths is made orthogonal.
 
     AdamW does all else: biases, tables, convolutions, what leads in from channels or out to them.
     """
     rate = learning_rate(dataclasses.replace(config, lr=config.matrix_lr), steps)
     of_matrices = optax.chain(
-        scale_by_muon(weight_dimension_numbers=_last_two_axes),
+        optax.trace(decay=0.95, nesterov=True),
         # An entry's root mean square becomes 0.2, about that of an update of Adam's.
-        optax.stateless_with_tree_map(lambda u, _: u * 0.2 * max(u.shape[-2:]) ** 0.5),
+        optax.stateless_with_tree_map(lambda u, _: orthogonal(u) * 0.2 * max(u.shape[-2:]) ** 0.5),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rate),
     )
@@ -110,9 +110,20 @@ def _is_matrix(_, variable: nnx.Variable) -> bool:
     return len(axes) == 2 and axes[0] in HIDDEN and axes[1] in {*HIDDEN, None}
 
 
-def _last_two_axes(matrices: nnx.State) -> nnx.State:
-    """Those in front are a stack of layers."""
-    return jax.tree.map(lambda _: MuonDimensionNumbers(-2, -1), matrices)
+def orthogonal(x: jax.Array) -> jax.Array:
+    """(..., m, n) with singular values drawn to 0.7 to 1.2, by Jordan's Newton-Schulz iteration.
+
+    Layer by layer: optax.contrib.muon takes a stack at once, which each device then gathers whole.
+    """
+    if x.ndim > 2:
+        return jax.lax.map(orthogonal, x)
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / (jnp.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
 
 
 def multiplied(factors: Factors) -> optax.GradientTransformation:
