@@ -46,7 +46,7 @@ def plot(curves: dict[str, list[float]], scores: dict[str, dict]) -> Image.Image
     """Loss by step, both linear, from 0 to a ceiling over all but the first two means."""
     image = Image.new('RGB', SIZE, 'white')
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
-    width, height = SIZE[0] - LEFT - 12, SIZE[1] - TOP - 36
+    width, height = SIZE[0] - LEFT - 24, SIZE[1] - TOP - 36
     steps = max(map(len, curves.values()))
     ceiling = 0.05 * np.ceil(20 * max(max(losses[2:], default=0.05) for losses in curves.values()))
 
@@ -57,9 +57,8 @@ def plot(curves: dict[str, list[float]], scores: dict[str, dict]) -> Image.Image
         draw.line([at(0, loss), at(steps, loss)], fill='#dddddd')
         draw.text((8, at(0, loss)[1] - 7), f'{loss:.2f}', fill='black', font=font)
     for step in range(0, steps + 1, 5):
-        draw.text(
-            (at(step, 0)[0] - 8, TOP + height + 4), f'{step * EVERY}', fill='black', font=font
-        )
+        below = at(step, 0)[0], TOP + height + 4
+        draw.text(below, f'{step * EVERY}', fill='black', font=font, anchor='ma')
     draw.text((LEFT + width // 2 - 60, TOP + height + 20), 'loss by step', fill='black', font=font)
     for i, (name, losses) in enumerate(curves.items()):
         points = [at(step + 1, loss) for step, loss in enumerate(losses)]
