@@ -90,6 +90,7 @@ def check(config: ConfigDict) -> None:
         if count < 1:
             raise InputError(f'config.{name} must be at least 1, got {count}')
     make_mesh(**config.mesh)
+    OptimizerConfig(**config.optimizer)
     check_model(config)
     if config.objective == 'flow':
         check_size(config, *picture_size(config))

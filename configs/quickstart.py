@@ -225,7 +225,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         prefetch=4,
     )
     config.optimizer = dict(
-        kind='muon',  # AdamW, as in the paper, wants twice the steps
+        kind='muon',  # the paper's AdamW wants 1,600 steps
         lr=2e-3,
         matrix_lr=8e-3,
         warmup_lr=1e-5,
