@@ -32,7 +32,7 @@ from metacanvas_jax.metacanvas import MetaCanvas
 from metacanvas_jax.readers import build_encoder, build_readers
 from metacanvas_jax.sharding import BATCH_AXES, make_mesh
 from metacanvas_jax.train.workdir import read_config
-from metacanvas_jax.types import InputError, Texts, Visual
+from metacanvas_jax.types import InputError, Plan, Texts, Visual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,10 @@ class Pipeline:
         self._readers = build_readers(config)
         self._geometry = Geometry.of(config, nnx.merge(graphdef, state))
         whole = NamedSharding(mesh, P())
-        static = ('latents', 'solver', 'guidance', 'callback')
+        static = ('solver', 'guidance', 'callback')
+        self._plan = jax.jit(self._plan, static_argnames='latents')
         self._solve = jax.jit(self._solve, static_argnames=static, out_shardings=whole)
-        self._features = jax.jit(self._features, static_argnames='latents', out_shardings=whole)
+        self._features = jax.jit(self._features, out_shardings=whole)
         self._decode = jax.jit(self._decode, out_shardings=whole)
         self._encode = jax.jit(self._encode, out_shardings=whole)
         self._look = jax.jit(self._look, out_shardings=whole)
@@ -191,17 +192,15 @@ class Pipeline:
         given, visual = self._given(asked)
         guidance = default.guidance if guidance is None else guidance
         against = default.get('negative_prompt') if negative_prompt is None else negative_prompt
-        prompt, negative = self._pair(asked, against or '', indices, seed)
+        plans = self._plans(asked, against or '', guidance, indices, seed)
         solver = choose(SOLVERS, default.solver, 'config.sample.solver')
         z = self._solve(
             self._state,
-            prompt,
-            negative,
+            plans,
             self._put(z_1),
             self._put(given),
             self._put(visual),
             solver.times(steps or default.steps, self._geometry.shift(solver, latents)),
-            latents=latents,
             solver=solver.solve,
             guidance=float(guidance),
             callback=callback,
@@ -248,47 +247,33 @@ class Pipeline:
         solver = choose(SOLVERS, default.solver, 'config.sample.solver')
         times = schedule(default.steps, self._geometry.shift(solver, latents))
         middle = int(jnp.argmin(jnp.abs(times - 0.5)))
-        prompt, negative = self._pair(asked, '', indices, seed)
+        plans = self._plans(asked, '', default.guidance, indices, seed)
         z_1 = self._put(self._noise(indices, seed, latents))
         given, visual = self._given(asked)
         visual = self._put(visual)
         z = self._solve(
             self._state,
-            prompt,
-            negative,
+            plans,
             z_1,
             self._put(given),
             visual,
             jnp.maximum(times, times[middle]),  # a standstill from there: the program that draws
-            latents=latents,
             solver=SOLVERS['euler'].solve,
             guidance=float(default.guidance),
             callback=None,
         )
-        features = self._features(self._state, prompt, visual, z, times[middle], latents=latents)
-        return np.asarray(features)
+        return np.asarray(self._features(self._state, plans[0], visual, z, times[middle]))
 
     # ------------------------------------------------------------ programs
 
     def _model(self, state) -> MetaCanvas:
         return nnx.merge(self._graphdef, state)
 
-    def _solve(
-        self,
-        state,
-        prompt,
-        negative,
-        z_1,
-        given,
-        visual,
-        times,
-        *,
-        latents,
-        solver,
-        guidance,
-        callback,
-    ):
-        """The whole sampler is one program."""
+    def _plan(self, state, texts, *, latents):
+        return self._model(state).plan(texts, latents)
+
+    def _solve(self, state, plans, z_1, given, visual, times, *, solver, guidance, callback):
+        """The whole sampler is one program. `plans`: of what is asked, and of its opposite."""
         model = self._model(state)
 
         def velocity(z, t_BT, plan):
@@ -299,12 +284,10 @@ class Pipeline:
             return model.velocity(z, t_BT, plan, seen)
 
         held = holding(velocity, given, visual.clean_BT)
-        plan = model.plan(prompt, latents)
-        if guidance == 1:
-            solved = solver(lambda z, t: held(z, t, plan), z_1, times)
+        if len(plans) == 1:
+            solved = solver(lambda z, t: held(z, t, *plans), z_1, times)
         else:
-            against = model.plan(negative, latents)
-            solved = solver(guided(held, plan, against, guidance), z_1, times)
+            solved = solver(guided(held, *plans, guidance), z_1, times)
         return impose(solved, given, visual.clean_BT)
 
     def _encode(self, state, pixels):
@@ -316,9 +299,8 @@ class Pipeline:
     def _decode(self, state, z):
         return self._model(state).vae.decode(z)
 
-    def _features(self, state, prompt, visual, z, t, *, latents):
+    def _features(self, state, plan, visual, z, t):
         model = self._model(state)
-        plan = model.plan(prompt, latents)
         patches = model.patchify(z, plan, visual)
         features = model.canvas.fusion.features(patches, plan.canvas, jnp.full(z.shape[:2], t))
         assert features is not None, 'there is a canvas'
@@ -343,20 +325,31 @@ class Pipeline:
         return given, visual
 
     def _noise(self, indices, seed: int, latents) -> np.ndarray:
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))
-        shape = (*latents, self._geometry.channels)
-        draw = jax.vmap(lambda key: jax.random.normal(key, shape))
-        return np.asarray(draw(keys(jnp.asarray(indices, jnp.uint32))))
+        key, shape = jax.random.key(seed), (*latents, self._geometry.channels)
+        return np.stack([jax.random.normal(jax.random.fold_in(key, i), shape) for i in indices])
 
-    def _pair(self, asked: Job, negative_prompt: str, indices: Sequence[int], seed: int):
-        """Both branches of guidance in one bucket: they run as one batch."""
+    def _plans(self, asked: Job, against: str, guidance: float, indices, seed: int) -> list[Plan]:
+        """The second, of what guidance leads away from, is in the bucket of the first: they run as
+        one batch. Guidance of 1 knows no second.
+        """
         shown = [asked.readers.show(asked.task, record) for record in asked.records]
         pairs = [*zip(asked.records, shown, strict=True)]
         wanted = [Asked(record.text, shown=media) for record, media in pairs]
-        against = [Asked(negative_prompt, negative=True, shown=media) for media in shown]
-        both = self._texts(asked.task, [*wanted, *against], [*indices, *indices], seed)
-        halves = slice(len(wanted)), slice(len(wanted), None)
-        return [self._put(jax.tree.map(lambda x: x[half], both)) for half in halves]  # noqa: B023
+        if guidance == 1:
+            halves = [slice(None)]
+        else:
+            halves = [slice(len(wanted)), slice(len(wanted), None)]
+            wanted += [Asked(against, negative=True, shown=media) for media in shown]
+            indices = [*indices, *indices]
+        texts = self._texts(asked.task, wanted, indices, seed)
+        return [
+            self._plan(
+                self._state,
+                self._put(jax.tree.map(lambda x: x[half], texts)),  # noqa: B023
+                latents=asked.latents,
+            )
+            for half in halves
+        ]
 
     def _texts(self, task: str, asked: list[Asked], indices: Sequence[int], seed: int) -> Texts:
         """Where the run was trained with plans, the MLLM writes one first, but not about nothing.
