@@ -284,10 +284,11 @@ class Pipeline:
             return model.velocity(z, t_BT, plan, seen)
 
         held = holding(velocity, given, visual.clean_BT)
-        if len(plans) == 1:
-            solved = solver(lambda z, t: held(z, t, *plans), z_1, times)
+        plan, *against = plans
+        if against:
+            solved = solver(guided(held, plan, *against, scale=guidance), z_1, times)
         else:
-            solved = solver(guided(held, *plans, guidance), z_1, times)
+            solved = solver(lambda z, t: held(z, t, plan), z_1, times)
         return impose(solved, given, visual.clean_BT)
 
     def _encode(self, state, pixels):
