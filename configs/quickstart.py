@@ -113,6 +113,7 @@ def wan(config: ConfigDict) -> None:
     config.canvas.update(grid=(3, 3), keyframes=3, frame_seconds=1 / 4)
     config.data.update(size=24, frames=5, fps=4.0, references=2, text_dropout=0.0)
     config.data.tasks = dict(t2i=0.2, edit=0.15, t2v=0.2, i2v=0.15, v2v=0.15, r2v=0.15)
+    config.steps = 900
     config.optimizer.update(lr=1e-3, matrix_lr=4e-3, cooldown_steps=800)
     # What draws already shall keep it, while what is new learns ten times as fast.
     config.optimizer.factors = (('(context|backbone)/.*', 0.1),)
@@ -155,7 +156,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config = ConfigDict()
     config.objective = 'flow'
     config.seed = 0
-    config.steps = 900
+    config.steps = 680
     config.batch_size = 32
     config.accumulate = 1
     config.dtype = 'float32'
@@ -230,7 +231,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
         matrix_lr=8e-3,
         warmup_lr=1e-5,
         warmup_steps=50,
-        cooldown_steps=630,
+        cooldown_steps=480,
         b1=0.9,
         b2=0.99,
         eps=1e-8,
@@ -241,7 +242,7 @@ def get_config(variant: str = 'sana') -> ConfigDict:
     config.checkpoint = dict(every=250, keep=2, keep_every=None)
     config.log = dict(every=25, tensorboard=False)
     config.sample = dict(
-        every=450,
+        every=340,
         count=12,
         prompts=(),
         solver='euler',
