@@ -1,7 +1,7 @@
 """AdamW with linear warm-up, then constant (Tables 9, 13, 16), or with a cool-down at the end.
 
 Muon (Jordan et al. 2024, with the scale of arXiv 2502.16982) is in none of the paper's recipes; the
-quickstart, whose DiT is new, takes 680 steps with it instead of 1,600.
+quickstart, whose DiT is new, takes 600 steps with it instead of 1,600.
 """
 
 import dataclasses
